@@ -1,0 +1,121 @@
+"""Reading the policy's entropy from tensors that a pass over the rollouts left behind. Decides nothing."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+
+class PolicyPass(NamedTuple):
+    """Log-probs of the sampled tokens and token entropies in nats, both `(B, T)`, at the sampling temperature."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+
+
+def entropy_sums(entropies: torch.Tensor, mask: torch.Tensor, aggregation: str) -> torch.Tensor:
+    """
+    Sum and count whose ratio is the batch entropy; add them up over ranks before dividing.
+
+    Args:
+        entropies (`torch.Tensor` of shape `(B, T)`): Token entropies in nats.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 on loss tokens.
+        aggregation (`str`): `"token"`: mean over tokens; `"sequence"`: mean of the rollouts' means, over the rollouts
+            that hold a loss token.
+
+    Returns:
+        `torch.Tensor` of shape `(2,)`, float32.
+    """
+    mask = mask.bool()
+    # Padding may hold NaN (an engine's unscored tokens); multiplying by a zero mask would keep it.
+    values = torch.where(mask, entropies.float(), 0.0)
+    tokens = mask.sum(dim=1)
+    if aggregation == "token":
+        return torch.stack([values.sum(), tokens.sum().float()])
+    rows = tokens > 0
+    means = values.sum(dim=1) / tokens.clamp(min=1)
+    return torch.stack([means[rows].sum(), rows.sum().float()])
+
+
+def sampling_entropy_sums(logps: torch.Tensor, mask: torch.Tensor, aggregation: str) -> torch.Tensor:
+    """
+    `entropy_sums` of the Monte-Carlo estimate -log p from the rollout engine's log-probs `(B, T)`.
+
+    Tokens that the engine could not score (NaN) are left out, from the count too.
+    """
+    scored = mask.bool() & ~torch.isnan(logps)
+    return entropy_sums(-logps, scored, aggregation)
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module):
+    """
+    Dropout off inside, every module's own mode restored after. Without it a measuring pass would draw random numbers,
+    and a run whose band is never left would not be plain GRPO's run.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def find_policy_pass(
+    passes: list[PolicyPass], batch: dict[str, Any], completion_mask: torch.Tensor
+) -> PolicyPass | None:
+    """
+    The pass among `passes` whose log-probs TRL put into the loss inputs as the old policy's, or `None`.
+
+    GRPO keeps the tensor itself (`old_per_token_logps`), RLOO its masked sum (`old_logps`). Matching the values that
+    came out, instead of repeating TRL's condition for running the pass, cannot pick the reference model's pass.
+    """
+    old_sums = batch.get("old_logps")
+    for candidate in passes:
+        if candidate.logps is batch.get("old_per_token_logps"):
+            return candidate
+        if old_sums is not None and torch.equal((candidate.logps * completion_mask).sum(1), old_sums):
+            return candidate
+    return None
+
+
+def run_policy_pass(logps_and_entropies: Callable[..., tuple], model, batch: dict[str, Any], batch_size: int):
+    """
+    One no-grad pass of `model` over the rollouts of `batch`, in eval mode and chunks of `batch_size` rows.
+
+    Args:
+        logps_and_entropies (`Callable`): TRL's `_get_per_token_logps_and_entropies`, bound to the trainer.
+
+    Returns:
+        `PolicyPass`: log-probs and entropies of shape `(B, T)`.
+    """
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    multimodal = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
+    with torch.no_grad(), eval_mode(model):
+        logps, entropies, _ = logps_and_entropies(
+            model,
+            input_ids,
+            attention_mask,
+            batch["completion_ids"].size(1),
+            batch_size=batch_size,
+            compute_entropy=True,
+            **multimodal,
+        )
+    return PolicyPass(logps, entropies)
+
+
+MULTIMODAL_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
