@@ -57,7 +57,8 @@ def drop_rollouts(
     mask = inputs["completion_mask"]
     dropped["completion_mask"] = mask * keep.unsqueeze(1).to(mask.dtype)
     if "num_items_in_batch" in inputs:
-        dropped["num_items_in_batch"] = torch.full_like(inputs["num_items_in_batch"], token_normaliser)
+        # A float: TRL's count is an integer, and a floor on the accepted share is not.
+        dropped["num_items_in_batch"] = torch.tensor(float(token_normaliser), device=keep.device)
     if "old_logps" in inputs:
         # RLOO sums log-probs over the masked row, which is now 0; against the old sum the ratio could overflow to inf,
         # and inf times the zero advantage is NaN.

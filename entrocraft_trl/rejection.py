@@ -122,63 +122,83 @@ def accept_by_entropy_change(scores: torch.Tensor, direction: int) -> torch.Tens
     return direction * scores >= 0
 
 
-def rejection_cutoff(scores: torch.Tensor, strength: float) -> float:
+def allowed_change(
+    entropy: float, low: float, high: float, *, cushion: float, gain: float, offset: float = 0.0
+) -> tuple[float, float]:
     """
-    Score beyond which rollouts are rejected, so that a share `|strength|` of the wrong-way entropy change goes.
+    Range of predicted entropy change that the position in the band allows, each end in [-1, 1].
 
-    The most wrong-way rollouts go first, since fewest have to be rejected that way.
+    +1 stands for the largest rise that the batch's rollouts can bring, -1 for the largest fall. One cushion inside the
+    low edge the least allowed change is 0, and it grows by `gain` per cushion towards and beyond the edge; the high
+    edge mirrors it. In a band two cushions wide both meet at the centre, where rises and falls must balance; the
+    middle of a wide band allows everything.
 
     Args:
-        scores (`torch.Tensor` of shape `(N,)`): `c_i` of all ranks' rollouts.
-        strength (`float`): In [-1, 1]. Negative: entropy shall rise, scores `c_i > 0` are the wrong way; positive: it
-            shall fall, scores `c_i < 0` are. 0 rejects none, ±1 all of that side.
+        entropy, low, high, cushion (`float`): In nats. A band narrower than two cushions shrinks them.
+        gain (`float`): Demanded change per cushion of distance.
+        offset (`float`): Added to the demand for a rise (see `integrate_offset`).
 
     Returns:
-        `float`: Accept when `sign(strength) * c_i >= cutoff`; `-inf` accepts all.
+        `tuple[float, float]`: Least and most allowed change.
     """
-    if strength == 0.0:
-        return -float("inf")
-    toward = (scores if strength > 0 else -scores).double()
-    wrong = toward[toward < 0].sort().values
-    if not wrong.numel():
-        return -float("inf")
-    mass = wrong.cumsum(0)
-    # A rollout is rejected when at least half of its own mass is needed, so the error is at most half a rollout.
-    rejected = int((mass - wrong / 2 >= abs(strength) * mass[-1]).sum())
-    return float(wrong[rejected]) if rejected < wrong.numel() else 0.0
+    cushion = max(min(cushion, (high - low) / 2), _SMALLEST_CUSHION)
+    least = gain * (low + cushion - entropy) / cushion + offset
+    most = gain * (high - cushion - entropy) / cushion + offset
+    return min(max(least, -1.0), 1.0), min(max(most, -1.0), 1.0)
 
 
-def accept_above_cutoff(scores: torch.Tensor, strength: float, cutoff: float) -> torch.Tensor:
-    """Keep mask `(B,)` of this rank's rollouts for a cutoff from `rejection_cutoff`."""
-    toward = scores if strength > 0 else -scores
-    return toward.double() >= cutoff
+# Keeps the slope finite in a band of no width; far below what a batch's entropy reading resolves (nats).
+_SMALLEST_CUSHION = 1e-3
 
 
-def band_error(entropy: float, low: float, high: float, cushion: float) -> float:
+def integrate_offset(
+    offset: float, entropy: float, low: float, high: float, *, cushion: float, gain: float, integral_gain: float
+) -> float:
     """
-    How hard the band's edges push, in units of the cushion: positive too high, negative too low, 0 well inside.
+    The next `offset` of `allowed_change`: a slow integral of the distance from the inner edge of the cushions.
 
-    Within `cushion` nats of an edge the push grows linearly and reaches ±1 at the edge. In a band narrower than two
-    cushions both meet at its centre; in a wide one the middle is left alone.
+    First-order predictions miss part of each step (momentum, curvature). Proportional control would settle where that
+    part balances it, off the band's centre; the integral removes the rest. It stands still while the demand is
+    saturated, so that a long way back to the band does not wind it up, and the middle of a wide band leaves it alone.
     """
-    cushion = min(cushion, (high - low) / 2)
-    if cushion <= 0.0:
-        return float(band_direction(entropy, low, high))
-    above = max(entropy - (high - cushion), 0.0)
-    below = max((low + cushion) - entropy, 0.0)
-    return (above - below) / cushion
+    cushion = max(min(cushion, (high - low) / 2), _SMALLEST_CUSHION)
+    short = max(low + cushion - entropy, 0.0) / cushion
+    over = max(entropy - (high - cushion), 0.0) / cushion
+    error = short - over
+    if abs(gain * error + offset) >= 1.0 and error * offset >= 0.0:
+        return offset
+    return min(max(offset + integral_gain * min(max(error, -1.0), 1.0), -1.0), 1.0)
 
 
-def graded_strength(error: float, integral: float, gain: float, integral_gain: float) -> tuple[float, float]:
+def graded_bounds(scores: torch.Tensor, least: float, most: float) -> tuple[float, float]:
     """
-    Strength of rejection in [-1, 1] from a proportional-integral rule, and the new integral.
+    Interval of scores to accept, so that the accepted rollouts' predicted change lies between `least` and `most`.
 
-    The proportional part alone would settle where the policy's own drift balances it, off the band's centre; the
-    integral removes that offset. It stands still while the strength is saturated in its direction, so that a long
-    way back to the band does not wind it up.
+    If all rollouts together already do, all are accepted. Otherwise the most wrong-way ones go first, since fewest
+    have to be rejected that way, until the rest meets the bound to within half a rollout.
+
+    Args:
+        scores (`torch.Tensor` of shape `(N,)`): `c_i` of all ranks' rollouts; accepting one changes entropy by `-c_i`.
+        least, most (`float`): From `allowed_change`.
+
+    Returns:
+        `tuple[float, float]`: Accept rollout i when `lowest <= c_i <= highest`.
     """
-    wanted = gain * error + integral
-    strength = min(max(wanted, -1.0), 1.0)
-    if wanted == strength or wanted * error < 0:
-        integral = min(max(integral + integral_gain * error, -1.0), 1.0)
-    return strength, integral
+    changes = -scores.double()
+    rise, fall = changes.clamp(min=0).sum().item(), -changes.clamp(max=0).sum().item()
+    net = rise - fall
+    least, most = (bound * (rise if bound > 0 else fall) for bound in (least, most))
+    if net < least:
+        return -float("inf"), _cutoff(scores, least - net)
+    if net > most:
+        return -_cutoff(-scores, net - most), float("inf")
+    return -float("inf"), float("inf")
+
+
+def _cutoff(scores: torch.Tensor, excess: float) -> float:
+    """Largest score to accept so that the positive scores above it sum to `excess`, to within half a rollout."""
+    wrong = scores[scores > 0].double().sort(descending=True).values
+    before = wrong.cumsum(0) - wrong
+    rejected = int((before + wrong / 2 <= excess).sum())
+    # The scores are compared in their own precision, so return one of them, or 0 if all the wrong-way ones go.
+    return wrong[rejected].item() if rejected < wrong.numel() else 0.0

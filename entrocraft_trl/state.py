@@ -18,8 +18,7 @@ class ControlMemory:
     initial_entropy: float | None = None
     horizon: int | None = None
     empty_steps: int = 0
-    controller_integral: float = 0.0
-    smoothed_entropy: float | None = None
+    change_offset: float = 0.0
 
 
 class EntropyControlState(TrainerCallback, ExportableState):
@@ -62,6 +61,8 @@ class EntropyControlState(TrainerCallback, ExportableState):
             raise ValueError(f"trainer_state.json holds an unreadable entropy-control state: {error}") from None
         for field in fields(memory):
             value = getattr(memory, field.name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            if value is None and field.default is None:
+                continue
+            if not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ValueError(f"trainer_state.json holds {field.name}={value!r} in the entropy-control state.")
         return memory

@@ -65,7 +65,7 @@ class EntropyControlMixin:
     # Graded rejection: in a band 0.1 nats wide both edges push; the gains are those of benchmarks/control.
     graded_cushion = 0.05
     graded_gain = 1.0
-    graded_integral_gain = 0.05
+    graded_integral_gain = 0.02
 
     def __init__(self, *args, entropy_band: Callable[[float], tuple[float, float]] | None = None, **kwargs):
         arguments = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
@@ -165,8 +165,8 @@ class EntropyControlMixin:
         if direction and self.args.out_of_band_advantages == "reward":
             rewards = rejection.unit_rewards(self._captured_rewards, self.args.reward_coding)
             batch = {**batch, "advantages": rewards.to(batch["advantages"])}
-        keep, strength = self._accept(batch, reading, band, direction)
-        return self._edit_and_report(batch, keep, reading, band, direction, strength)
+        keep, least, most = self._accept(batch, reading, band, direction)
+        return self._edit_and_report(batch, keep, reading, band, direction, least, most)
 
     def _measure(self, batch: dict[str, Any], passes: list[entropy.PolicyPass]) -> Reading:
         mask = loss_inputs.loss_mask(batch)
@@ -218,33 +218,39 @@ class EntropyControlMixin:
 
     def _accept(
         self, batch: dict[str, Any], reading: Reading, band: schedule.Band, direction: int
-    ) -> tuple[torch.Tensor, float]:
-        """Keep mask `(B,)` of this rank's rollouts, and the strength of rejection in [-1, 1]."""
+    ) -> tuple[torch.Tensor, float, float]:
+        """Keep mask `(B,)` of this rank's rollouts, and the least and most change the band allows, in [-1, 1]."""
         advantages = batch["advantages"]
         if self.args.rejection_rule == "advantage_sign":
-            return rejection.accept_by_advantage_sign(advantages, direction), float(direction)
+            return rejection.accept_by_advantage_sign(advantages, direction), -1.0, 1.0
         if self.args.rejection_strength == "full":
-            strength = float(direction)
+            least, most = (1.0 if direction < 0 else -1.0), (-1.0 if direction > 0 else 1.0)
         elif math.isnan(reading.entropy):
-            strength = 0.0
+            least, most = -1.0, 1.0
         else:
-            strength = self._graded_strength(reading.entropy, band)
-        # The strength comes from reduced scalars, so every rank takes the same branch.
-        if strength == 0.0:
-            return torch.ones_like(advantages, dtype=torch.bool), 0.0
+            least, most = self._allowed_change(reading.entropy, band)
+        # These bounds come from reduced scalars, so every rank takes the same branch.
+        if (least, most) == (-1.0, 1.0):
+            return torch.ones_like(advantages, dtype=torch.bool), least, most
         scores = self._entropy_change_scores(batch, reading)
         if self.args.rejection_strength == "full":
-            return rejection.accept_by_entropy_change(scores, direction), strength
-        cutoff = rejection.rejection_cutoff(self.accelerator.gather(scores), strength)
-        return rejection.accept_above_cutoff(scores, strength, cutoff), strength
+            return rejection.accept_by_entropy_change(scores, direction), least, most
+        lowest, highest = rejection.graded_bounds(self.accelerator.gather(scores), least, most)
+        return (lowest <= scores) & (scores <= highest), least, most
 
-    def _graded_strength(self, measured: float, band: schedule.Band) -> float:
+    def _allowed_change(self, measured: float, band: schedule.Band) -> tuple[float, float]:
         memory = self.control_memory
-        error = rejection.band_error(measured, band.low, band.high, self.graded_cushion)
-        strength, memory.controller_integral = rejection.graded_strength(
-            error, memory.controller_integral, self.graded_gain, self.graded_integral_gain
+        memory.change_offset = rejection.integrate_offset(
+            memory.change_offset,
+            measured,
+            *band,
+            cushion=self.graded_cushion,
+            gain=self.graded_gain,
+            integral_gain=self.graded_integral_gain,
         )
-        return strength
+        return rejection.allowed_change(
+            measured, *band, cushion=self.graded_cushion, gain=self.graded_gain, offset=memory.change_offset
+        )
 
     def _entropy_change_scores(self, batch: dict[str, Any], reading: Reading) -> torch.Tensor:
         logps, entropies = reading.policy_pass
@@ -259,7 +265,7 @@ class EntropyControlMixin:
         sampled = rejection.sampled_entropy_term(logps, entropies)
         return rejection.entropy_change_scores(batch["advantages"], sampled, expected, loss_inputs.loss_mask(batch))
 
-    def _edit_and_report(self, batch, keep, reading, band, direction, strength) -> dict[str, Any]:
+    def _edit_and_report(self, batch, keep, reading, band, direction, least, most) -> dict[str, Any]:
         advantages = batch["advantages"]
         tokens = loss_inputs.loss_mask(batch).sum(dim=1).float()
         counts = torch.stack([
@@ -292,7 +298,6 @@ class EntropyControlMixin:
             "entropy_low": band.low,
             "entropy_high": band.high if math.isfinite(band.high) else math.nan,
             "direction": direction,
-            "strength": strength,
             "accepted_rollouts": kept_rows / rows,
             "accepted_tokens": kept_tokens / all_tokens if all_tokens else 0.0,
             "effective_batch_size": kept_rows,
@@ -301,6 +306,8 @@ class EntropyControlMixin:
             "empty_steps": memory.empty_steps,
             "distance_outside_band": rejection.distance_outside(reading.entropy, band.low, band.high),
         }
+        if self.args.rejection_rule == "entropy_change":
+            metrics |= {"least_change": least, "most_change": most}
         for name, value in metrics.items():
             self._metrics["train"][f"entrocraft/{name}"].append(float(value))
         return batch

@@ -1,0 +1,257 @@
+"""
+How well each method keeps the policy's entropy in a band, on the embedded task.
+
+    python -m benchmarks.control            # everything, both cores, under 90 minutes on a 2-core CPU machine
+    python -m benchmarks.control --quick    # one seed, two bands, few steps: about 5 minutes
+
+Each finished run is kept in `runs/control/`, so a second call continues where the first one stopped. Writes
+`benchmarks/results/control.{json,md,png}` (`--quick` writes to `runs/control-quick/`).
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import warnings
+from pathlib import Path
+from statistics import mean, stdev
+
+
+METHODS = ("grpo", "adaptive_bonus", "advantage_sign", "entropy_change")
+HALF_WIDTH = 0.05  # nats: every band is 0.10 nats wide
+STEPS, QUICK_STEPS = 300, 60
+SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
+# Bonus step and bound: TRL's defaults, the original ones (arXiv 2505.22312), and two in between.
+BONUS_CANDIDATES = {
+    "5e-3/1": (5e-3, 1.0),
+    "1e-3/0.1": (1e-3, 0.1),
+    "3e-4/0.02": (3e-4, 0.02),
+    "1e-4/5e-3": (1e-4, 5e-3),
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+def band_knots(initial: float) -> dict[str, list[tuple[float, float]]]:
+    """Centres in nats at progress values, joined by straight lines ("cosine" is drawn with many short ones)."""
+    end = 0.35 * initial
+    cosine = [(p / 20, initial + (end - initial) * (1 - math.cos(math.pi * p / 20)) / 2) for p in range(21)]
+    return {
+        "constant": [(0.0, 0.85 * initial), (1.0, 0.85 * initial)],
+        "linear": [(0.0, initial), (1.0, end)],
+        "cosine": cosine,
+        "rise_decay": [(0.0, initial), (1 / 3, 1.15 * initial), (1.0, 0.5 * initial)],
+        "step": [
+            (0.0, 0.85 * initial),
+            (0.5, 0.85 * initial),
+            (0.5, 0.85 * initial - 0.15),
+            (1.0, 0.85 * initial - 0.15),
+        ],
+    }
+
+
+def centre_at(knots: list[tuple[float, float]], progress: float) -> float:
+    """The band's centre in nats."""
+    from entrocraft_trl.schedule import Knot, band_at
+
+    return band_at(progress, shape="piecewise", knots=[Knot(p, c, c) for p, c in knots]).low
+
+
+def run_one(job: dict) -> dict:
+    """One training run in this worker process; its record is read from disk if it was run before."""
+    file = Path(job["folder"]) / f"{job['method']}-{job['band']}-{job['seed']}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    warnings.filterwarnings("ignore")
+    import torch
+    import transformers
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
+    from entrocraft_trl.comparison import expression_task, measured_entropies, train_and_evaluate
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    task, initial = expression_task(job["seed"], progress=False), job["initial_entropy"]
+    knots = band_knots(initial).get(job["band"])
+    common = dict(training_arguments(job["steps"], job["seed"]), output_dir=str(file.with_suffix("")))
+    callbacks = []
+    if job["method"].startswith("adaptive_bonus"):
+
+        class TargetFollowsBand(TrainerCallback):
+            # TRL's target is one number; moving it with the band gives the method its best case.
+            def on_step_begin(self, args, state, control, **kwargs):
+                args.entropy_target = centre_at(knots, state.global_step / state.max_steps)
+
+        delta, bound = job["bonus"]
+        config = GRPOConfig(
+            **common,
+            use_adaptive_entropy=True,
+            entropy_coef_delta=delta,
+            entropy_coef_max=bound,
+            entropy_target=centre_at(knots, 0.0),
+        )
+        trainer, callbacks = GRPOTrainer, [TargetFollowsBand()]
+    elif job["method"] == "grpo":
+        trainer, config = GRPOTrainer, GRPOConfig(**common)
+    else:
+        trainer = EntrocraftGRPOTrainer
+        config = EntrocraftGRPOConfig(
+            **common,
+            rejection_rule=job["method"],
+            entropy_unit="nats",
+            entropy_schedule="piecewise",
+            entropy_knots=[f"{p}:{c - HALF_WIDTH}:{c + HALF_WIDTH}" for p, c in knots],
+        )
+    run = train_and_evaluate(trainer, config, task, callbacks=callbacks)
+    record = {
+        **{key: job[key] for key in ("method", "band", "seed", "steps")},
+        "entropy": measured_entropies(run.log),
+        "reward": [entry["reward"] for entry in run.log],
+        "accepted": [entry.get("entrocraft/accepted_rollouts", 1.0) for entry in run.log],
+        "evaluation": run.evaluation,
+        "seconds": run.seconds,
+    }
+    file.write_text(json.dumps(record))
+    return record
+
+
+def training_arguments(steps: int, seed: int) -> dict:
+    """Shared by all methods."""
+    from entrocraft_trl.tasks.expressions import MAX_COMPLETION_LENGTH
+
+    return dict(
+        per_device_train_batch_size=128,
+        num_generations=8,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        max_steps=steps,
+        learning_rate=2e-4,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        seed=seed,
+    )
+
+
+def start_of_task() -> tuple[float, dict[str, float]]:
+    """Entropy in nats of the starting policy on the training prompts, which sets all bands, and its evaluation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from entrocraft_trl.comparison import evaluate, expression_task
+    from entrocraft_trl.tasks import expressions
+
+    task = expression_task()
+    model = AutoModelForCausalLM.from_pretrained(task.policy)
+    tokenizer = AutoTokenizer.from_pretrained(task.policy)
+    on_train = task._replace(test=expressions.make_dataset("train", len(expressions.TRAIN_TARGETS), 0))
+    return evaluate(model, tokenizer, on_train)["entropy"], evaluate(model, tokenizer, task)
+
+
+def measure(record: dict, knots: list[tuple[float, float]], band: str) -> dict[str, float | None]:
+    """Figures of one run against one band; the first 10% of the steps, the way into the band, do not count."""
+    entropies, steps = record["entropy"], record["steps"]
+    centres = [centre_at(knots, step / steps) for step in range(len(entropies))]
+    outside = [max(abs(h - c) - HALF_WIDTH, 0.0) for h, c in zip(entropies, centres, strict=True)]
+    counted = outside[steps // 10 :]
+    return {
+        "rms_outside": math.sqrt(mean(d * d for d in counted)),
+        "in_band_share": mean(d == 0.0 for d in counted),
+        "reentry_steps": reentry(entropies, centres, steps // 2) if band == "step" else None,
+        "accepted_share": mean(record["accepted"]),
+        "mean_at_32": record["evaluation"]["mean@32"],
+        "pass_at_32": record["evaluation"]["pass@32"],
+        "distinct_correct": record["evaluation"]["distinct_correct"],
+        "scatter": reading_scatter(entropies),
+    }
+
+
+def reentry(entropies: list[float], centres: list[float], start: int, window: int = 5) -> int | None:
+    """Steps after `start` until the mean of `window` readings lies in the band; `None` if it never does."""
+    for step in range(start, len(entropies) - window + 1):
+        if abs(mean(entropies[step : step + window]) - mean(centres[step : step + window])) <= HALF_WIDTH:
+            return step - start
+    return None
+
+
+def reading_scatter(entropies: list[float]) -> float:
+    """Standard deviation of one reading about the curve, from second differences, which a smooth curve hardly has."""
+    second = [a - 2 * b + c for a, b, c in zip(entropies, entropies[1:], entropies[2:], strict=False)]
+    return math.sqrt(mean(d * d for d in second) / 6)
+
+
+def jobs(folder: Path, initial: float, steps: int, seeds, bands, bonus=None) -> list[dict]:
+    """Plain GRPO knows no band: one run per seed serves all. Seeds come first, so that a cut run is a whole table."""
+    shared = {"folder": str(folder), "initial_entropy": initial, "steps": steps, "bonus": bonus}
+    rows = []
+    for seed in seeds:
+        rows.append({**shared, "method": "grpo", "band": "none", "seed": seed})
+        rows += [{**shared, "method": m, "band": b, "seed": seed} for b in bands for m in METHODS[1:]]
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.control", description=__doc__.split("\n")[1])
+    parser.add_argument("--quick", action="store_true", help="one seed, two bands, few steps")
+    options = parser.parse_args(argv)
+    # Workers take one thread each: two runs side by side beat one run on two threads.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from benchmarks.control_report import write_report
+
+    folder = Path("runs/control-quick" if options.quick else "runs/control")
+    folder.mkdir(parents=True, exist_ok=True)
+    steps, seeds = (QUICK_STEPS, QUICK_SEEDS) if options.quick else (STEPS, SEEDS)
+    initial, start = start_of_task()
+    bands = ("constant", "step") if options.quick else tuple(band_knots(initial))
+    print(f"initial entropy {initial:.3f} nats, starting policy {start}", flush=True)
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count() or 1) as pool:
+        bonus, tuning = tune_bonus(pool, folder, initial, steps)
+        todo = jobs(folder, initial, steps, seeds, bands, bonus)
+        records = []
+        for record in pool.imap_unordered(run_one, todo):
+            records.append(record)
+            name = f"{record['method']} {record['band']} seed {record['seed']}"
+            print(f"[{len(records)}/{len(todo)}] {name}: {record['seconds']:.0f} s", flush=True)
+    write_report(folder if options.quick else RESULTS, records, bands, initial, start, tuning)
+
+
+def tune_bonus(pool, folder: Path, initial: float, steps: int) -> tuple[tuple[float, float], dict[str, float]]:
+    """The bonus's step and bound with the smallest RMS distance on the constant band, on a seed of its own."""
+    tuning = [
+        {
+            "folder": str(folder),
+            "initial_entropy": initial,
+            "steps": steps,
+            "method": f"adaptive_bonus_{name.replace('/', '_')}",
+            "band": "constant",
+            "seed": 100,
+            "bonus": bonus,
+        }
+        for name, bonus in BONUS_CANDIDATES.items()
+    ]
+    knots = band_knots(initial)["constant"]
+    distances = {
+        name: measure(record, knots, "constant")["rms_outside"]
+        for name, record in zip(BONUS_CANDIDATES, pool.map(run_one, tuning, chunksize=1), strict=True)
+    }
+    best = min(distances, key=distances.get)
+    print(f"adaptive bonus, RMS distance by step/bound: {distances}; best {best}", flush=True)
+    return BONUS_CANDIDATES[best], distances
+
+
+def spread(values: list[float | None]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds; `None` where some seed has no value."""
+    if any(value is None for value in values):
+        return {"mean": None, "std": None}
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
+
+
+if __name__ == "__main__":
+    main()

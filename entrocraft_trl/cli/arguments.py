@@ -1,0 +1,148 @@
+"""Arguments of a training run, from a YAML file and the command line, on TRL's parser."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl.scripts.grpo import GRPOScriptArguments
+
+from ..config import EntrocraftGRPOConfig
+from . import CommandError
+
+
+@dataclass
+class EntrocraftScriptArguments(GRPOScriptArguments):
+    """
+    Arguments of `entrocraft train` besides those of the trainer and the model. Documented here: what TRL's lack.
+
+    Args:
+        eval_dataset_name (`str`, *optional*):
+            Data set for evaluation. Defaults to the test split of `dataset_name`.
+        prompt_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the question: text or chat messages.
+        answer_column (`str`, *optional*):
+            Column of the reference answer, copied to `solution`, which TRL's accuracy rewards read.
+        answer_after (`str`, *optional*):
+            Keep what follows the last occurrence of this text in the answer (`"####"` for GSM8K).
+        system_prompt (`str`, *optional*):
+            System message.
+        prompt_template (`str`, *optional*):
+            Text with `{prompt}` where the question goes.
+        prompt_format (`str`, *optional*, defaults to `"auto"`):
+            `"conversational"`, `"text"`, or `"auto"`: conversational when the tokenizer has a chat template.
+        max_samples (`int`, *optional*):
+            Use this many training rows, from the start.
+        max_prompt_length (`int`, *optional*):
+            Leave out training rows whose prompt has more tokens.
+        embedded_task (`str`, *optional*):
+            `"expressions"`: the offline task, which brings data, reward and a starting policy.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Check arguments, data and rewards, print the plan, and stop before the model loads.
+    """
+
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set for evaluation. Defaults to the test split of `dataset_name`."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the question: text or chat messages."})
+    answer_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the reference answer, copied to `solution`, which accuracy rewards read."},
+    )
+    answer_after: str | None = field(
+        default=None,
+        metadata={"help": "Keep what follows the last occurrence of this text in the answer ('####' for GSM8K)."},
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "System message."})
+    prompt_template: str | None = field(default=None, metadata={"help": "Text with {prompt} where the question goes."})
+    prompt_format: str = field(
+        default="auto",
+        metadata={
+            "help": "Chat messages or plain text; auto: messages when the tokenizer has a chat template.",
+            "choices": ["auto", "conversational", "text"],
+        },
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Use this many training rows, from the start."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Leave out training rows whose prompt has more tokens."}
+    )
+    embedded_task: str | None = field(
+        default=None,
+        metadata={"help": "Offline task with data, reward and starting policy.", "choices": ["expressions"]},
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check everything up to the model, print the plan, and stop."}
+    )
+
+    def __post_init__(self):
+        # argparse checks choices on the command line only, not in a YAML file.
+        for name, allowed in (
+            ("prompt_format", ("auto", "conversational", "text")),
+            ("embedded_task", (None, "expressions")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if isinstance(self.reward_funcs, str):  # a single name in YAML
+            self.reward_funcs = [self.reward_funcs]
+        if self.embedded_task and self.dataset_name:
+            raise ValueError(
+                f"embedded_task={self.embedded_task!r} brings its own data; drop dataset_name={self.dataset_name!r}"
+            )
+
+
+class _Parser(TrlParser):
+    """TRL's parser, with an error message in place of argparse's usage text of several hundred lines."""
+
+    def error(self, message: str):
+        raise CommandError(message)
+
+
+def make_parser(prog: str = "entrocraft train") -> TrlParser:
+    """TRL's parser over the script, trainer, model and data-mixture arguments."""
+    import torch
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    parser = _Parser((EntrocraftScriptArguments, EntrocraftGRPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    # TRL's default bf16=True is refused on machines without it. A YAML file or the command line still overrides these.
+    if not torch.accelerator.is_available():
+        parser.set_defaults_with_config(use_cpu=True, bf16=False)
+    elif not is_torch_bf16_gpu_available():
+        parser.set_defaults_with_config(bf16=False)
+    return parser
+
+
+def parse(
+    argv: list[str],
+) -> tuple[EntrocraftScriptArguments, EntrocraftGRPOConfig, ModelConfig, DatasetMixtureConfig]:
+    """
+    Arguments of a run from `--config file.yaml` and the command line, which wins.
+
+    Raises:
+        `CommandError`: for an unknown option or key, or a value of the wrong type.
+        `ValueError`, `OSError`: for a value that a config refuses, and for a YAML file that cannot be read.
+    """
+    parser = make_parser()
+    # TRL reads `--config FILE` only.
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv and argv[-1] == "--config":
+        raise CommandError("--config needs the path of a YAML file")
+    try:
+        *parsed, in_file, in_command = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except yaml.YAMLError as error:
+        raise CommandError(f"the config file is not valid YAML: {error}") from error
+    except TypeError as error:  # a list or mapping in YAML where a number is meant
+        raise CommandError(f"a value has the wrong type: {error}") from error
+    for values in parsed:
+        for item in fields(values):  # argparse converts text from a YAML file, and lets everything else pass
+            value = getattr(values, item.name)
+            if item.type in (int, float, bool) and isinstance(value, (list, dict)):
+                raise CommandError(f"{item.name} must be of type {item.type.__name__}, got {value!r}")
+    for unknown, where in ((in_file, "key in the config file"), (in_command, "option")):
+        if unknown:
+            name = unknown[0].lstrip("-").split("=")[0]
+            known = [action.dest for action in parser._actions]
+            close = difflib.get_close_matches(name, known, n=1)
+            raise CommandError(f"unknown {where}: {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return tuple(parsed)

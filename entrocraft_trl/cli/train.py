@@ -1,0 +1,245 @@
+"""`entrocraft train`: one run from a YAML file and the command line, with TRL's helpers for model and adapters."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import is_main_process, user_errors
+from .arguments import EntrocraftScriptArguments, parse
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    from ..config import EntrocraftGRPOConfig
+
+EMBEDDED_ROWS = 4096  # prompts of the embedded task when max_samples does not say; its few targets repeat anyway
+
+
+def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
+    """
+    Folder of the checkpoint to resume from.
+
+    Args:
+        value (`str`, `bool` or `None`):
+            A folder; `"true"` or `"last"` for the newest checkpoint in `output_dir`; `"false"` or nothing for none.
+        output_dir (`str`):
+            Folder of the run.
+
+    Raises:
+        `ValueError`: if there is no checkpoint.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    text = str(value or "").strip()
+    if text.lower() in ("", "false", "none"):
+        return None
+    if text.lower() in ("true", "last"):
+        newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if newest is None:
+            raise ValueError(f"resume_from_checkpoint={text}: there is no checkpoint in {output_dir!r}")
+        return newest
+    if not (Path(text) / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint={text!r}: no trainer_state.json there")
+    return text
+
+
+def main(argv: list[str]) -> None:
+    """Run the command. Errors of the set-up become a [`CommandError`]; those of the training keep their traceback."""
+    with user_errors():
+        script_args, training_args, model_args, mixture_args = parse(argv)
+        resume = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+        inputs = _trainer_inputs(script_args, training_args, model_args, mixture_args)
+    if script_args.dry_run:
+        if is_main_process():
+            print(describe(inputs, training_args))
+        return
+    from .. import EntrocraftGRPOTrainer
+
+    with user_errors():
+        # Loads the model: a missing weight file or an unfit adapter is still the user's to mend.
+        trainer = EntrocraftGRPOTrainer(args=training_args, **inputs)
+    _train(trainer, script_args, training_args, resume)
+
+
+def _trainer_inputs(
+    script_args: EntrocraftScriptArguments,
+    training_args: EntrocraftGRPOConfig,
+    model_args: ModelConfig,
+    mixture_args: DatasetMixtureConfig,
+) -> dict[str, Any]:
+    """The trainer's arguments, all checked, and the model still only a name."""
+    from trl import get_peft_config, get_quantization_config
+
+    from ..rewards import check_reward_columns, load_reward
+
+    rewards: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
+    if script_args.reward_model_name_or_path:
+        rewards.append(script_args.reward_model_name_or_path)
+    if script_args.embedded_task:
+        train_rows, eval_rows, default_reward = _embedded_data(script_args, training_args)
+        rewards = rewards or [default_reward]
+    else:
+        train_rows, eval_rows = _data(script_args, training_args, model_args, mixture_args)
+    if not rewards:
+        raise ValueError("no reward: name one with --reward_funcs, for instance accuracy_reward or module:function")
+    check_reward_columns(rewards, list(next(iter(train_rows))))
+    # Last, because it can take minutes: a starting policy that is not there yet gets made.
+    model = model_args.model_name_or_path or _starting_policy(script_args, training_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return {
+        "model": model,
+        "reward_funcs": rewards,
+        "train_dataset": train_rows,
+        "eval_dataset": eval_rows,
+        "peft_config": get_peft_config(model_args),
+        "quantization_config": get_quantization_config(model_args),
+    }
+
+
+def _embedded_data(script_args, training_args):
+    """Training rows, evaluation rows and reward of the offline task."""
+    from ..tasks.expressions import TEST_TARGETS, expression_reward, make_dataset
+
+    train_rows = make_dataset("train", script_args.max_samples or EMBEDDED_ROWS, training_args.seed)
+    evaluates = training_args.eval_strategy != "no"
+    eval_rows = make_dataset("test", len(TEST_TARGETS), training_args.seed) if evaluates else None
+    return train_rows, eval_rows, expression_reward
+
+
+def _starting_policy(script_args, training_args) -> str:
+    if script_args.dry_run:
+        return "starting policy of the embedded task (made on first use)"
+    from ..tasks.warmup import starting_policy
+
+    with training_args.main_process_first(desc="warm-up of the starting policy"):
+        return str(starting_policy(progress=is_main_process() and not training_args.disable_tqdm))
+
+
+def _data(script_args, training_args, model_args, mixture_args):
+    """Training and evaluation rows, checked, with the columns that TRL reads."""
+    from trl import get_dataset
+
+    from ..data import PromptFormat, drop_long_prompts, load_rows, prepare_rows
+
+    if not script_args.dataset_name and not mixture_args.datasets:
+        raise ValueError("no data: name a data set with --dataset_name (Hub name, local file or folder)")
+    tokenizer = _load_tokenizer(training_args, model_args)
+    conversational = script_args.prompt_format == "conversational" or (
+        script_args.prompt_format == "auto" and tokenizer.chat_template is not None
+    )
+    if conversational and tokenizer.chat_template is None:
+        raise ValueError(
+            f"prompt_format='conversational' needs a chat template, which the tokenizer of "
+            f"{model_args.model_name_or_path!r} does not have"
+        )
+    form = PromptFormat(
+        prompt_column=script_args.prompt_column,
+        answer_column=script_args.answer_column,
+        answer_after=script_args.answer_after,
+        system_prompt=script_args.system_prompt,
+        prompt_template=script_args.prompt_template,
+        conversational=conversational,
+    )
+
+    def rows_of(name: str | None, split: str):
+        if mixture_args.datasets and name is None:
+            mixture = get_dataset(mixture_args)
+            if split not in mixture:
+                raise ValueError(f"the data mixture has no split {split!r}; its splits are: {', '.join(mixture)}")
+            return mixture[split]
+        return load_rows(name, split, script_args.dataset_config, script_args.dataset_streaming)
+
+    train_name = None if mixture_args.datasets else script_args.dataset_name
+    train_rows = prepare_rows(rows_of(train_name, script_args.dataset_train_split), form, script_args.max_samples)
+    if script_args.max_prompt_length is not None:
+        train_rows = drop_long_prompts(train_rows, _token_counter(tokenizer), script_args.max_prompt_length)
+    eval_rows = None
+    if training_args.eval_strategy != "no":
+        # A data set of its own is one file, as a rule, and a file has the split "train" only.
+        split = script_args.dataset_test_split
+        if script_args.eval_dataset_name and split == "test" and Path(script_args.eval_dataset_name).is_file():
+            split = "train"
+        eval_rows = prepare_rows(rows_of(script_args.eval_dataset_name or train_name, split), form)
+    return train_rows, eval_rows
+
+
+def _load_tokenizer(training_args, model_args):
+    from transformers import AutoTokenizer
+
+    name = model_args.model_name_or_path
+    if not name:
+        raise ValueError("no model: name one with --model_name_or_path (Hub name or local folder)")
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of model {name!r}: {error}") from error
+
+
+def _token_counter(tokenizer):
+    def count(prompt: str | list[dict[str, str]]) -> int:
+        if isinstance(prompt, str):
+            return len(tokenizer(prompt)["input_ids"])
+        return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+    return count
+
+
+def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
+    """The plan of a run, for people: model, data, rewards, batches, and the band at its start, middle and end."""
+    rows: Dataset | IterableDataset = inputs["train_dataset"]
+    first = next(iter(rows))
+    rollouts = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps: int | None = args.max_steps if args.max_steps > 0 else None
+    size = "streamed"
+    if hasattr(rows, "__len__"):
+        size = f"{len(rows)} rows"
+        steps = steps or math.ceil(args.num_train_epochs * len(rows) * args.num_generations / rollouts)
+    rewards = [reward if isinstance(reward, str) else reward.__name__ for reward in inputs["reward_funcs"]]
+    unit = "nats" if args.entropy_unit == "nats" else "times the initial entropy"
+    lines = [
+        f"model            {inputs['model']}",
+        f"data             {size}, columns: {', '.join(first)}",
+        f"first prompt     {str(first['prompt'])[:160]}",
+        *([f"first solution   {str(first['solution'])[:160]}"] if "solution" in first else []),
+        f"rewards          {', '.join(rewards)}",
+        f"optimizer steps  {steps or 'unknown'}, each on {rollouts} rollouts ({args.num_generations} per prompt)",
+        f"generation       {args.generation_batch_size} rollouts at a time, on {args.world_size} process(es)",
+        f"rejection        {args.rejection_rule}, rejected rollouts: {args.rejected_rollouts}",
+        f"schedule         {args.entropy_schedule}, over {args.entropy_schedule_steps or steps or 'all'} steps",
+    ]
+    for progress in (0.0, 0.5, 1.0):
+        low, high = args.band_at(progress)
+        lines.append(f"band at {progress:>4.0%}     {low:.3f} to {high:.3f} {unit}")
+    return "\n".join(lines)
+
+
+def _train(trainer, script_args: EntrocraftScriptArguments, args: EntrocraftGRPOConfig, resume: str | None) -> None:
+    import transformers
+    from packaging.version import Version
+
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_state()  # the log, which `entrocraft plot` reads
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if is_main_process():
+        print(
+            f"entrocraft: {trainer.state.global_step} steps done, run saved in {args.output_dir}; "
+            f"figure: entrocraft plot {args.output_dir}"
+        )
+    # Together: a process that closed its group while the main one still saved hung at exit (gloo, two processes).
+    trainer.accelerator.wait_for_everyone()
+    if Version(transformers.__version__) >= Version("5.18.0"):
+        trainer.end()  # closes trackers and the process group

@@ -1,0 +1,45 @@
+"""Set before any test module imports torch or transformers: no network, one thread, one CPU."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import gc  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_garbage_collection():
+    """Accelerate collects garbage after each training run, which takes half a second over all imported modules."""
+    import tiny  # noqa: F401
+
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_own_folder(monkeypatch, tmp_path):
+    """Relative output folders land in the test's own folder; a fixed thread count keeps float sums reproducible."""
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference_folder(tmp_path_factory):
+    """A saved tiny model, other weights than the policy's: TRL loads the reference model from a folder (beta > 0)."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("reference")
+    tiny.build_model(seed=99).save_pretrained(folder)
+    tiny.build_tokenizer().save_pretrained(folder)
+    return folder

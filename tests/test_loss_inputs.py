@@ -1,0 +1,118 @@
+"""From loss inputs and a keep mask to loss inputs, on hand-made tensors. The gradients: test_drop_equality.py."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
+
+from entrocraft_trl import loss_inputs
+
+
+def build_inputs(rows=4, **extra):
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])[:rows]
+    return {
+        "prompt_ids": torch.arange(rows * 2).view(rows, 2),
+        "completion_ids": torch.arange(rows * 3).view(rows, 3),
+        "completion_mask": mask,
+        "advantages": torch.tensor([0.5, -0.5, 1.0, -1.0])[:rows],
+        "num_items_in_batch": mask.sum(),
+        **extra,
+    }
+
+
+KEEP = torch.tensor([False, True, False, True])
+
+
+def drop(inputs, keep=KEEP, token_normaliser=5.0, row_normaliser_share=0.5):
+    return loss_inputs.drop_rollouts(
+        inputs, keep, token_normaliser=token_normaliser, row_normaliser_share=row_normaliser_share
+    )
+
+
+def test_loss_mask_counts_completion_and_tool_mask():
+    inputs = build_inputs()
+    assert torch.equal(loss_inputs.loss_mask(inputs), inputs["completion_mask"])
+    inputs["tool_mask"] = torch.tensor([[1, 0, 1]] * 4)
+    expected = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 0, 1]])
+    assert torch.equal(loss_inputs.loss_mask(inputs), expected)
+
+
+def test_zero_advantages_touches_the_advantages_alone():
+    inputs = build_inputs()
+    edited = loss_inputs.zero_advantages(inputs, KEEP)
+    assert edited["advantages"].tolist() == [0.0, -0.5, 0.0, -1.0]
+    assert inputs["advantages"].tolist() == [0.5, -0.5, 1.0, -1.0], "the given inputs were changed"
+    assert edited.keys() == inputs.keys()
+    assert all(edited[key] is inputs[key] for key in inputs if key != "advantages")
+
+
+def test_drop_masks_rows_and_recounts():
+    inputs = build_inputs(old_logps=torch.tensor([-1.0, -2.0, -3.0, -4.0]), tool_mask=torch.ones(4, 3))
+    before = {key: value.clone() for key, value in inputs.items()}
+    edited = drop(inputs)
+    assert edited["completion_mask"].tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]]
+    assert edited["completion_mask"].dtype == inputs["completion_mask"].dtype
+    assert edited["advantages"].tolist() == [0.0, -0.5, 0.0, -1.0]
+    assert edited["old_logps"].tolist() == [0.0, -2.0, 0.0, -4.0]
+    assert edited["num_items_in_batch"].ndim == 0 and edited["num_items_in_batch"] == 5
+    assert all(torch.equal(inputs[key], before[key]) for key in inputs), "the given inputs were changed"
+    untouched = {"prompt_ids", "completion_ids", "tool_mask"}
+    assert all(edited[key] is inputs[key] for key in untouched)
+
+
+def test_a_fractional_token_normaliser_is_not_rounded():
+    """`min_accepted_share` times the tokens is rarely a whole number; TRL's own count is an integer tensor."""
+    assert float(drop(build_inputs(), token_normaliser=4.5)["num_items_in_batch"]) == 4.5
+
+
+def test_drop_keeps_shapes():
+    inputs = build_inputs()
+    edited = drop(inputs)
+    assert all(edited[key].shape == inputs[key].shape for key in inputs)
+
+
+def test_nothing_left_has_weight_zero_and_no_nan():
+    edited = drop(build_inputs(), torch.zeros(4, dtype=torch.bool), 0.0, 0.0)
+    for loss_type in loss_inputs.ROW_NORMALISED_LOSSES + loss_inputs.LOCAL_TOKEN_NORMALISED_LOSSES:
+        assert float(loss_inputs.micro_batch_weight(edited, loss_type)) == 0.0
+
+
+@pytest.mark.parametrize("loss_type", loss_inputs.LOSS_TYPES)
+def test_untouched_inputs_have_weight_one(loss_type):
+    weight = loss_inputs.micro_batch_weight(build_inputs(), loss_type)
+    assert weight == 1.0 and isinstance(weight, float)  # the very loss, no tensor product: bit for bit
+
+
+def test_every_trl_loss_is_known():
+    assert set(loss_inputs.LOSS_TYPES) == {
+        "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "rloo"
+    }  # fmt: skip
+
+
+@given(keep=st.lists(st.booleans(), min_size=8, max_size=8).filter(any), chunks=st.sampled_from([1, 2, 4]))
+def test_weights_after_trls_shuffle_and_split(keep, chunks):
+    """Row means weighted by `micro_batch_weight` make up the mean over all accepted rows, whatever the split."""
+    keep = torch.tensor(keep)
+    inputs = {
+        "completion_ids": torch.arange(16).view(8, 2),
+        "completion_mask": torch.ones(8, 2, dtype=torch.long),
+        "advantages": torch.linspace(-1, 1, 8),
+        "num_items_in_batch": torch.tensor(16),
+    }
+    edited = drop(inputs, keep, 2.0 * keep.sum().item(), keep.float().mean().item())
+    row_losses = edited["advantages"] * 3.0
+    edited["row_losses"] = torch.where(keep, row_losses, 0.0)
+    micro_batches = split_tensor_dict(shuffle_sequence_dict(edited), chunks)
+    row_total = bnpo_total = 0.0
+    for micro_batch in micro_batches:
+        assert micro_batch["num_items_in_batch"] == 2 * keep.sum()
+        kept = micro_batch[loss_inputs.KEPT]
+        row_mean = micro_batch["row_losses"].mean() / chunks  # TRL divides by the accumulation steps
+        row_total += row_mean * loss_inputs.micro_batch_weight(micro_batch, "grpo")
+        token_mean = micro_batch["row_losses"].sum() / kept.sum().clamp(min=1) / chunks  # equal lengths: bnpo's mean
+        bnpo_total += token_mean * loss_inputs.micro_batch_weight(micro_batch, "bnpo")
+        assert loss_inputs.micro_batch_weight(micro_batch, "dapo") == 1.0
+    expected = row_losses[keep].mean().item()
+    assert float(row_total) == pytest.approx(expected, abs=1e-5)
+    assert float(bnpo_total) == pytest.approx(expected, abs=1e-5)
