@@ -69,14 +69,20 @@ def run_one(job: dict) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from entrocraft_trl.comparison import expression_task, measured_entropies, train_and_evaluate
+    from entrocraft_trl.comparison import (
+        expression_arguments,
+        expression_task,
+        measured_entropies,
+        train_and_evaluate,
+    )
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     task, initial = expression_task(job["seed"], progress=False), job["initial_entropy"]
     knots = band_knots(initial).get(job["band"])
-    common = dict(training_arguments(job["steps"], job["seed"]), output_dir=str(file.with_suffix("")))
+    common = expression_arguments(str(file.with_suffix("")), max_steps=job["steps"], seed=job["seed"])
+    common["disable_tqdm"] = True
     callbacks = []
     if job["method"].startswith("adaptive_bonus"):
 
@@ -116,28 +122,6 @@ def run_one(job: dict) -> dict:
     }
     file.write_text(json.dumps(record))
     return record
-
-
-def training_arguments(steps: int, seed: int) -> dict:
-    """Shared by all methods."""
-    from entrocraft_trl.tasks.expressions import MAX_COMPLETION_LENGTH
-
-    return dict(
-        per_device_train_batch_size=128,
-        num_generations=8,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        max_steps=steps,
-        learning_rate=2e-4,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        seed=seed,
-    )
 
 
 def start_of_task() -> tuple[float, dict[str, float]]:

@@ -19,6 +19,11 @@ class ControlMemory:
     horizon: int | None = None
     empty_steps: int = 0
     change_offset: float = 0.0
+    last_entropy: float | None = None
+    last_direction: int = 0
+    steps_outside: int = 0
+    distance_at_exit: float = 0.0
+    failure_reported: bool = False
 
 
 class EntropyControlState(TrainerCallback, ExportableState):

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from trl import GRPOTrainer, RLOOTrainer
 
-from . import entropy, loss_inputs, rejection, schedule
+from . import diagnosis, entropy, loss_inputs, rejection, schedule
 from .config import EntrocraftGRPOConfig, EntrocraftRLOOConfig, EntropyControlConfig
 from .half_temperature import half_temperature_head
 from .state import ControlMemory, EntropyControlState
+
+
+logger = get_logger(__name__)
 
 
 class Reading(NamedTuple):
@@ -165,8 +169,22 @@ class EntropyControlMixin:
         if direction and self.args.out_of_band_advantages == "reward":
             rewards = rejection.unit_rewards(self._captured_rewards, self.args.reward_coding)
             batch = {**batch, "advantages": rewards.to(batch["advantages"])}
-        keep, least, most = self._accept(batch, reading, band, direction)
-        return self._edit_and_report(batch, keep, reading, band, direction, least, most)
+        keep, bounds = self._accept(batch, reading, band, direction)
+        counts = diagnosis.count_batch(keep, batch["advantages"], *self._tokens_and_margins(batch, reading))
+        totals = diagnosis.Totals(*self.accelerator.reduce(counts, reduction="sum").tolist())
+        batch = self._edit(batch, keep, totals)
+        self._log_kept_column(keep, batch["advantages"])
+        self._report(reading, band, direction, totals, **bounds)
+        return batch
+
+    def _tokens_and_margins(self, batch: dict[str, Any], reading: Reading) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss tokens and sum of S - N of each rollout, `(B,)`; N is its batch mean, which costs nothing."""
+        mask = loss_inputs.loss_mask(batch)
+        if reading.policy_pass is None:
+            return mask.sum(dim=1), None
+        sampled = rejection.sampled_entropy_term(*reading.policy_pass)
+        ones = torch.ones_like(batch["advantages"])
+        return mask.sum(dim=1), rejection.entropy_change_scores(ones, sampled, reading.mean_sampled_term, mask)
 
     def _measure(self, batch: dict[str, Any], passes: list[entropy.PolicyPass]) -> Reading:
         mask = loss_inputs.loss_mask(batch)
@@ -218,25 +236,26 @@ class EntropyControlMixin:
 
     def _accept(
         self, batch: dict[str, Any], reading: Reading, band: schedule.Band, direction: int
-    ) -> tuple[torch.Tensor, float, float]:
-        """Keep mask `(B,)` of this rank's rollouts, and the least and most change the band allows, in [-1, 1]."""
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Keep mask `(B,)` of this rank's rollouts; and, graded, the least and most change the band allows."""
         advantages = batch["advantages"]
         if self.args.rejection_rule == "advantage_sign":
-            return rejection.accept_by_advantage_sign(advantages, direction), -1.0, 1.0
+            return rejection.accept_by_advantage_sign(advantages, direction), {}
+        accept_all = torch.ones_like(advantages, dtype=torch.bool)
+        # Each branch follows from reduced scalars, so every rank takes the same one.
         if self.args.rejection_strength == "full":
-            least, most = (1.0 if direction < 0 else -1.0), (-1.0 if direction > 0 else 1.0)
-        elif math.isnan(reading.entropy):
-            least, most = -1.0, 1.0
-        else:
-            least, most = self._allowed_change(reading.entropy, band)
-        # These bounds come from reduced scalars, so every rank takes the same branch.
+            if direction == 0:
+                return accept_all, {}
+            return rejection.accept_by_entropy_change(self._entropy_change_scores(batch, reading), direction), {}
+        if math.isnan(reading.entropy):
+            return accept_all, {}
+        least, most = self._allowed_change(reading.entropy, band)
+        bounds = {"least_change": least, "most_change": most}
         if (least, most) == (-1.0, 1.0):
-            return torch.ones_like(advantages, dtype=torch.bool), least, most
+            return accept_all, bounds
         scores = self._entropy_change_scores(batch, reading)
-        if self.args.rejection_strength == "full":
-            return rejection.accept_by_entropy_change(scores, direction), least, most
         lowest, highest = rejection.graded_bounds(self.accelerator.gather(scores), least, most)
-        return (lowest <= scores) & (scores <= highest), least, most
+        return (lowest <= scores) & (scores <= highest), bounds
 
     def _allowed_change(self, measured: float, band: schedule.Band) -> tuple[float, float]:
         memory = self.control_memory
@@ -265,52 +284,46 @@ class EntropyControlMixin:
         sampled = rejection.sampled_entropy_term(logps, entropies)
         return rejection.entropy_change_scores(batch["advantages"], sampled, expected, loss_inputs.loss_mask(batch))
 
-    def _edit_and_report(self, batch, keep, reading, band, direction, least, most) -> dict[str, Any]:
-        advantages = batch["advantages"]
-        tokens = loss_inputs.loss_mask(batch).sum(dim=1).float()
-        counts = torch.stack([
-            torch.ones_like(tokens).sum(),
-            keep.float().sum(),
-            tokens.sum(),
-            (tokens * keep).sum(),
-            (~keep & (advantages > 0)).float().sum(),
-            (~keep & (advantages < 0)).float().sum(),
-        ])  # fmt: skip
-        rows, kept_rows, all_tokens, kept_tokens, positive, negative = self.accelerator.reduce(
-            counts, reduction="sum"
-        ).tolist()
-        if kept_rows < rows:
-            if self.args.rejected_rollouts == "zero_advantage":
-                batch = loss_inputs.zero_advantages(batch, keep)
-            else:
-                floor = self.args.min_accepted_share
-                batch = loss_inputs.drop_rollouts(
-                    batch,
-                    keep,
-                    token_normaliser=max(kept_tokens, floor * all_tokens),
-                    row_normaliser_share=max(kept_rows / rows, floor),
-                )
+    def _edit(self, batch: dict[str, Any], keep: torch.Tensor, totals: diagnosis.Totals) -> dict[str, Any]:
+        """Loss inputs without the rejected rollouts; the very same ones if none was rejected on any rank."""
+        if totals.kept_rows == totals.rows:
+            return batch
+        if self.args.rejected_rollouts == "zero_advantage":
+            return loss_inputs.zero_advantages(batch, keep)
+        floor = self.args.min_accepted_share
+        return loss_inputs.drop_rollouts(
+            batch,
+            keep,
+            token_normaliser=max(totals.kept_tokens, floor * totals.tokens),
+            row_normaliser_share=max(totals.kept_rows / totals.rows, floor),
+        )
+
+    def _report(self, reading: Reading, band: schedule.Band, direction: int, totals: diagnosis.Totals, **more) -> None:
         memory = self.control_memory
-        memory.empty_steps += kept_rows == 0
-        self._log_kept_column(keep, batch["advantages"])
+        memory.empty_steps += totals.kept_rows == 0
+        distance = rejection.distance_outside(reading.entropy, band.low, band.high)
         metrics = {
             "entropy": reading.entropy,
             "entropy_low": band.low,
-            "entropy_high": band.high if math.isfinite(band.high) else math.nan,
+            "entropy_high": band.high,
             "direction": direction,
-            "accepted_rollouts": kept_rows / rows,
-            "accepted_tokens": kept_tokens / all_tokens if all_tokens else 0.0,
-            "effective_batch_size": kept_rows,
-            "rejected_positive": positive,
-            "rejected_negative": negative,
+            "distance_outside_band": distance,
             "empty_steps": memory.empty_steps,
-            "distance_outside_band": rejection.distance_outside(reading.entropy, band.low, band.high),
+            **diagnosis.rejection_metrics(totals, has_margins=reading.policy_pass is not None),
+            **more,
         }
-        if self.args.rejection_rule == "entropy_change":
-            metrics |= {"least_change": least, "most_change": most}
+        if math.isnan(reading.entropy):
+            metrics = {"empty_steps": memory.empty_steps}
+        else:
+            effect = diagnosis.watch(memory, reading.entropy, distance, direction)
+            if effect is not None:
+                metrics["realised_effect"] = effect
+            agree = metrics.get("rules_agree")
+            rule = self.args.rejection_rule
+            if message := diagnosis.failure_message(memory, reading.entropy, distance, rule, agree):
+                logger.warning(message)
         for name, value in metrics.items():
             self._metrics["train"][f"entrocraft/{name}"].append(float(value))
-        return batch
 
     def _log_kept_column(self, keep: torch.Tensor, advantages: torch.Tensor | None = None) -> None:
         """Completions table: a `kept` column, and the advantages that the loss reads (all ranks' rows)."""

@@ -1,0 +1,130 @@
+"""What a step's rejection looked like, and whether it works. Pure functions; the trainer logs what they return."""
+
+from typing import NamedTuple
+
+import torch
+
+from .state import ControlMemory
+
+
+class Totals(NamedTuple):
+    """Sums over rollouts, to be added up over ranks. Margins are sums of S - N over a rollout's tokens (nats)."""
+
+    rows: float
+    kept_rows: float
+    tokens: float
+    kept_tokens: float
+    rejected_positive: float
+    rejected_negative: float
+    positive: float
+    negative: float
+    margin_positive: float
+    margin_negative: float
+    agreeing: float
+
+
+def count_batch(
+    keep: torch.Tensor, advantages: torch.Tensor, tokens: torch.Tensor, margins: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    This rank's [`Totals`] as one tensor, so that one reduction carries them all.
+
+    Args:
+        keep (`torch.Tensor` of shape `(B,)`): Boolean keep mask.
+        advantages (`torch.Tensor` of shape `(B,)`): Before rejected ones are zeroed.
+        tokens (`torch.Tensor` of shape `(B,)`): Loss tokens of each rollout.
+        margins (`torch.Tensor` of shape `(B,)`, *optional*): Sum of S - N of each rollout; positive if confident.
+    """
+    positive, negative = advantages > 0, advantages < 0
+    margins = torch.zeros_like(tokens) if margins is None else margins.float()
+    # For a rollout with an advantage, c_i and A_i have one sign exactly when its margin is positive.
+    agreeing = (margins > 0) & (positive | negative)
+    return torch.stack(
+        [
+            torch.ones_like(tokens).sum(),
+            keep.float().sum(),
+            tokens.float().sum(),
+            (tokens * keep).float().sum(),
+            (~keep & positive).float().sum(),
+            (~keep & negative).float().sum(),
+            positive.float().sum(),
+            negative.float().sum(),
+            (margins * positive).sum(),
+            (margins * negative).sum(),
+            agreeing.float().sum(),
+        ]
+    )
+
+
+def rejection_metrics(totals: Totals, has_margins: bool) -> dict[str, float]:
+    """Metrics of one step. NaN where a share has no members (TRL leaves NaN out of its averages)."""
+    metrics = {
+        "accepted_rollouts": totals.kept_rows / totals.rows,
+        "accepted_tokens": _share(totals.kept_tokens, totals.tokens),
+        "effective_batch_size": totals.kept_rows,
+        "rejected_positive": totals.rejected_positive,
+        "rejected_negative": totals.rejected_negative,
+    }
+    if has_margins:
+        metrics |= {
+            "rules_agree": _share(totals.agreeing, totals.positive + totals.negative),
+            "margin_positive": _share(totals.margin_positive, totals.positive),
+            "margin_negative": _share(totals.margin_negative, totals.negative),
+        }
+    return {name: value for name, value in metrics.items() if value == value}
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+def watch(memory: ControlMemory, entropy: float, distance: float, direction: int) -> float | None:
+    """
+    Follow a stretch of steps outside the band on one side, in `memory`.
+
+    Returns:
+        `float` or `None`: How far (nats) the entropy came towards the band since the step before, if that step acted.
+    """
+    effect = None
+    if memory.last_direction and memory.last_entropy is not None:
+        effect = (memory.last_entropy - entropy) * memory.last_direction
+    if direction != memory.last_direction:
+        memory.steps_outside = 0
+        memory.distance_at_exit = distance
+    memory.steps_outside += abs(direction)
+    memory.last_direction, memory.last_entropy = direction, entropy
+    return effect
+
+
+# One reading scatters by some 0.02 nats on small batches: a drift must be clearly larger to count as one.
+PATIENCE_STEPS = 30
+CLEAR_DRIFT = 0.05
+
+
+def failure_message(
+    memory: ControlMemory, entropy: float, distance: float, rule: str, agree: float | None
+) -> str | None:
+    """
+    Plain words if the band was left for at least `PATIENCE_STEPS` steps in a row and the entropy is further from it
+    than when it left, by at least `CLEAR_DRIFT` nats; `None` otherwise. At most once in a run.
+    """
+    away = distance - memory.distance_at_exit
+    if memory.failure_reported or memory.steps_outside < PATIENCE_STEPS or away < CLEAR_DRIFT:
+        return None
+    memory.failure_reported = True
+    side = "above" if memory.last_direction > 0 else "below"
+    message = (
+        f"The entropy ({entropy:.3f} nats) has been {side} its band for {memory.steps_outside} steps and is now "
+        f"{distance:.3f} nats away from it, {away:.3f} more than at first, although rejection_rule={rule!r} acted in "
+        "each of them. "
+    )
+    if rule == "advantage_sign":
+        if agree is not None:
+            message += (
+                f"Only {agree:.0%} of the rollouts with an advantage are confident enough for its sign to tell how "
+                "they move entropy. "
+            )
+        return message + "Set rejection_rule='entropy_change', which tests that movement itself."
+    return (
+        message + "Lower the learning rate, give the band a gentler slope, or raise the number of rollouts per step."
+    )
