@@ -22,8 +22,10 @@ METHODS = ("grpo", "adaptive_bonus", "advantage_sign", "entropy_change")
 HALF_WIDTH = 0.05  # nats: every band is 0.10 nats wide
 STEPS, QUICK_STEPS = 300, 60
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
-# Bonus step and bound: TRL's defaults, the original ones (arXiv 2505.22312), and two in between.
+# Bonus step and bound: TRL's defaults, the original ones (arXiv 2505.22312), two in between, and two stronger ones.
 BONUS_CANDIDATES = {
+    "4e-2/1": (4e-2, 1.0),
+    "1.5e-2/1": (1.5e-2, 1.0),
     "5e-3/1": (5e-3, 1.0),
     "1e-3/0.1": (1e-3, 0.1),
     "3e-4/0.02": (3e-4, 0.02),

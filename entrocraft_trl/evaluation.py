@@ -16,12 +16,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     https://huggingface.co/papers/2107.03374, Eq. 1): `1 - C(n - c, k) / C(n, k)`.
 
     Args:
-        n (`int`):
-            Number of samples drawn.
-        c (`int`):
-            Number of right ones among them.
-        k (`int`):
-            Number of samples of the estimated attempt.
+        n (`int`): Number of samples drawn.
+        c (`int`): Number of right ones among them.
+        k (`int`): Number of samples of the estimated attempt.
 
     Returns:
         `float`: the estimate, between 0 and 1.
@@ -49,12 +46,10 @@ def summarise(
     Averages over prompts of what `n` samples a prompt say about a policy.
 
     Args:
-        correct (`Sequence[Sequence[bool]]`):
-            Whether each sample is right, `(P, n)` for `P` prompts.
-        answers (`Sequence[Sequence[str]]`, *optional*):
-            Answer of each sample, `(P, n)`; equal strings count as one answer.
-        ks (`Sequence[int]`, *optional*, defaults to `()`):
-            Values of `k` for pass@k, each between 1 and `n`.
+        correct (`Sequence[Sequence[bool]]`): Whether each sample is right, `(P, n)` for `P` prompts.
+        answers (`Sequence[Sequence[str]]`, *optional*): Answer of each sample, `(P, n)`; equal strings count as one
+            answer.
+        ks (`Sequence[int]`, *optional*, defaults to `()`): Values of `k` for pass@k, each between 1 and `n`.
 
     Returns:
         `dict[str, float]`: `"mean@<n>"`, the share of right samples; `"pass@<k>"` for each `k`; and, with `answers`,
@@ -179,28 +174,18 @@ def sample_completions(
     depend on the seed and on `batch_size`.
 
     Args:
-        model (`PreTrainedModel`):
-            Causal language model.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer, with a pad and an end-of-sequence token. Prompts are padded on the left.
-        prompts (`Sequence[str]`):
-            Prompts, `(P,)`.
-        n (`int`):
-            Completions for each prompt.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature, above zero.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Nucleus sampling; `1.0` is off.
-        top_k (`int`, *optional*, defaults to `0`):
-            Top-k sampling; `0` is off.
-        max_new_tokens (`int`):
-            Longest completion, in tokens.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Completions generated at once.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling.
-        progress (`bool`, *optional*, defaults to `True`):
-            Whether to show a progress bar.
+        model (`PreTrainedModel`): Causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a pad and an end-of-sequence token. Prompts are
+            padded on the left.
+        prompts (`Sequence[str]`): Prompts, `(P,)`.
+        n (`int`): Completions for each prompt.
+        temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature, above zero.
+        top_p (`float`, *optional*, defaults to `1.0`): Nucleus sampling; `1.0` is off.
+        top_k (`int`, *optional*, defaults to `0`): Top-k sampling; `0` is off.
+        max_new_tokens (`int`): Longest completion, in tokens.
+        batch_size (`int`, *optional*, defaults to `64`): Completions generated at once.
+        seed (`int`, *optional*, defaults to `0`): Seed of the sampling.
+        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
 
     Returns:
         `list[list[str]]`: completions without special tokens, `(P, n)`.
@@ -247,23 +232,17 @@ def evaluate_policy(
     Sample `n` completions for every prompt of a dataset, score them and summarise.
 
     Args:
-        model (`PreTrainedModel`):
-            Causal language model.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Its tokenizer.
-        dataset (`datasets.Dataset`):
-            `P` rows with a `prompt` column of strings; the other columns go to the reward function.
-        reward_func (`Callable`):
-            Reward function in TRL's signature: called once with `prompts=`, `completions=` and every other column as
-            lists of length `P * n`; returns as many rewards. A reward of `None` counts as wrong.
-        n (`int`, *optional*, defaults to `32`):
-            Completions for each prompt.
-        ks (`Sequence[int]`, *optional*):
-            Values of `k` for pass@k. Defaults to `(n,)`.
-        threshold (`float`, *optional*, defaults to `0.5`):
-            A completion is right if its reward is above this.
-        canonical (`Callable[[str], str]`, *optional*, defaults to `str.strip`):
-            Maps a completion to the answer that is compared when counting distinct right answers.
+        model (`PreTrainedModel`): Causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        dataset (`datasets.Dataset`): `P` rows with a `prompt` column of strings; the other columns go to the reward
+            function.
+        reward_func (`Callable`): Reward function in TRL's signature: called once with `prompts=`, `completions=` and
+            every other column as lists of length `P * n`; returns as many rewards. A reward of `None` counts as wrong.
+        n (`int`, *optional*, defaults to `32`): Completions for each prompt.
+        ks (`Sequence[int]`, *optional*): Values of `k` for pass@k. Defaults to `(n,)`.
+        threshold (`float`, *optional*, defaults to `0.5`): A completion is right if its reward is above this.
+        canonical (`Callable[[str], str]`, *optional*, defaults to `str.strip`): Maps a completion to the answer that
+            is compared when counting distinct right answers.
         temperature, top_p, top_k, max_new_tokens, batch_size, seed, progress:
             See [`sample_completions`].
 

@@ -51,6 +51,11 @@ class EntropyControlState(TrainerCallback, ExportableState):
             )
         else:
             self.memory = self._read(saved)
+            if self.memory.horizon not in (None, state.max_steps) and args.entropy_schedule_steps is None:
+                logger.warning(
+                    f"max_steps is now {state.max_steps}, but the entropy schedule keeps the horizon of "
+                    f"{self.memory.horizon} steps that it started with; set entropy_schedule_steps to change it."
+                )
         # transformers reads this key when it saves; a checkpoint of a plain TRL run does not have it.
         state.stateful_callbacks[name] = self.state()
 

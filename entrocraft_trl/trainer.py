@@ -198,9 +198,7 @@ class EntropyControlMixin:
         else:
             policy_pass = entropy.find_policy_pass(passes, batch, batch["completion_mask"])
             if policy_pass is None:
-                policy_pass = entropy.run_policy_pass(
-                    super()._get_per_token_logps_and_entropies, self.model, batch, self._pass_batch_size
-                )
+                policy_pass = self._run_policy_pass(batch)
             sums = entropy.entropy_sums(policy_pass.entropies, mask, self.args.entropy_aggregation)
             sampled = rejection.sampled_entropy_term(policy_pass.logps, policy_pass.entropies)
         terms = entropy.entropy_sums(sampled, mask, "token") if sampled is not None else torch.zeros_like(sums)
@@ -213,17 +211,17 @@ class EntropyControlMixin:
             )
         return Reading(total / count if count else math.nan, term / tokens if tokens else 0.0, policy_pass)
 
-    @property
-    def _pass_batch_size(self) -> int:
-        return self.args.per_device_train_batch_size
+    def _run_policy_pass(self, batch: dict[str, Any]) -> entropy.PolicyPass:
+        return entropy.run_policy_pass(
+            super()._get_per_token_logps_and_entropies, self.model, batch, self.args.per_device_train_batch_size
+        )
 
     def _band_for(self, measured: float) -> schedule.Band:
         memory = self.control_memory
         first = memory.initial_entropy is None
         if first:
             memory.initial_entropy = measured
-        wanted = self.args.entropy_schedule_steps or memory.horizon or self.state.max_steps
-        memory.horizon = wanted
+        memory.horizon = self.args.entropy_schedule_steps or memory.horizon or self.state.max_steps
         band = self.entropy_band_at(schedule.progress_at(self.state.global_step, memory.horizon))
         if first and (measured < band.low / 2 or measured > band.high * 2):
             warnings.warn(
@@ -277,9 +275,7 @@ class EntropyControlMixin:
             expected = reading.mean_sampled_term
         else:
             with half_temperature_head(self):
-                half = entropy.run_policy_pass(
-                    super()._get_per_token_logps_and_entropies, self.model, batch, self._pass_batch_size
-                )
+                half = self._run_policy_pass(batch)
             expected = rejection.expected_entropy_term(logps, entropies, half.logps, half.entropies)
         sampled = rejection.sampled_entropy_term(logps, entropies)
         return rejection.entropy_change_scores(batch["advantages"], sampled, expected, loss_inputs.loss_mask(batch))

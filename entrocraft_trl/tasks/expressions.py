@@ -1,11 +1,12 @@
 """Embedded task: write an arithmetic expression that equals a target.
 
 The prompt is a two-digit target and an equals sign, `"24="`; a right answer is any expression of single digits 1 to 9
-with at least [`MIN_OPERATORS`] operators and that exact value, such as `"3+7*3"`. A target has dozens to thousands of
-right answers, so that a policy that loses its entropy shows it: the number of distinct right answers falls.
+with at least [`MIN_OPERATORS`] operators and that exact value, such as `"9+8+9-2"` or `"3+7*3"`. A target has tens of
+thousands of right answers, so that a policy that loses its entropy shows it: the number of distinct right answers
+falls.
 
 Nothing is downloaded: the tokenizer and the model are built here, and `starting_policy` (in `tasks/warmup.py`) teaches
-the model the format and a first share of right answers.
+the model the format and some arithmetic, on sums and differences of four digits.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model(seed: int = 0) -> Qwen3ForCausalLM:
     """
-    A Qwen3 of about half a million parameters with random weights: float32, tied embeddings, no dropout.
+    A Qwen3 of 445 thousand parameters with random weights: float32, tied embeddings, no dropout.
 
     Args:
         seed (`int`, *optional*, defaults to `0`):

@@ -38,8 +38,8 @@ class WarmupSettings:
         batch_size (`int`, *optional*, defaults to `160`):
             Examples per step.
         learning_rate (`float`, *optional*, defaults to `4e-3`):
-            Peak learning rate of AdamW; it rises and falls linearly in each phase, to 0.4 of it in
-            the second.
+            Peak learning rate of AdamW. It rises and falls linearly in the first phase; the second falls from 0.4 of
+            it.
     """
 
     steps: int = 500
@@ -103,7 +103,7 @@ def _train(settings: WarmupSettings, seed: int, progress: bool) -> torch.nn.Modu
     steps = settings.steps + settings.habit_steps
 
     def rate(step):
-        # A triangle for each phase; the second is lower, since it shall add a habit and not undo the arithmetic.
+        # A triangle, then a lower ramp down, since the habit shall be added and the arithmetic not undone.
         if step < settings.steps:
             ramp = max(1, settings.steps // 10)
             return min((step + 1) / ramp, (settings.steps - step) / max(1, settings.steps - ramp))
