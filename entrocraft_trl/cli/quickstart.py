@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
         "paper's rule, Entrocraft with the entropy-change rule - on a CPU, without the Hub, and compare.",
     )
     parser.add_argument("--output_dir", default="runs/quickstart", help="folder for summary.json, logs and figure")
-    parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps of each run")
+    parser.add_argument("--max_steps", type=int, default=200, help="optimizer steps of each run")
     parser.add_argument("--seed", type=int, default=0, help="seed of all three runs")
     options = parser.parse_args(argv)
     if options.max_steps < 1:
