@@ -61,10 +61,12 @@ def centre_at(knots: list[tuple[float, float]], progress: float) -> float:
 def run_one(job: dict) -> dict:
     """One training run in this worker process; its record is read from disk if it was run before."""
     file = Path(job["folder"]) / f"{job['method']}-{job['band']}-{job['seed']}.json"
-    settings = {key: job[key] for key in ("method", "band", "seed", "steps", "initial_entropy", "bonus")}
+    settings = {key: job[key] for key in ("method", "band", "seed", "steps", "initial_entropy")}
+    if job["method"].startswith("adaptive_bonus"):
+        settings["bonus"] = list(job["bonus"])
     if file.exists():
         record = json.loads(file.read_text())
-        if record["settings"] == json.loads(json.dumps(settings)):
+        if record.get("settings") == settings:
             return record
     warnings.filterwarnings("ignore")
     import torch
@@ -125,7 +127,10 @@ def run_one(job: dict) -> dict:
         "evaluation": run.evaluation,
         "seconds": run.seconds,
     }
-    file.write_text(json.dumps(record))
+    # In one piece: a run that is killed while writing must not leave a file that stops the next call.
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(record))
+    partial.replace(file)
     return record
 
 

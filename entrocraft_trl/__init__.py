@@ -28,7 +28,7 @@ _check_trl(version("trl"))
 _MODULE_OF = {
     "EntrocraftGRPOConfig": "config",
     "EntrocraftRLOOConfig": "config",
-    "EntropyControlMixin": "trainer",
+    "EntropyControlMixin": "control",
     "EntrocraftGRPOTrainer": "trainer",
     "EntrocraftRLOOTrainer": "trainer",
     "Band": "schedule",
@@ -51,9 +51,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .config import EntrocraftGRPOConfig, EntrocraftRLOOConfig
+    from .control import EntropyControlMixin
     from .evaluation import evaluate_policy, pass_at_k
     from .schedule import Band, band_at
-    from .trainer import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer, EntropyControlMixin
+    from .trainer import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
 
 
 def __getattr__(name: str):

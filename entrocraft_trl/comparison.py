@@ -129,5 +129,8 @@ def train_and_evaluate(
 
 
 def measured_entropies(log: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Batch entropy in nats at each logged step, before any filter; also of a plain TRL run."""
-    return [record.get("entrocraft/entropy", record.get("entropy")) for record in log]
+    """Batch entropies in nats, measured before any filter, in order; of a plain TRL run, TRL's own."""
+    ours = any("entrocraft/entropy" in record for record in log)
+    # TRL's `entropy` counts only what the filter left, so it never fills in for a step without a reading of ours.
+    key = "entrocraft/entropy" if ours else "entropy"
+    return [record[key] for record in log if key in record]

@@ -1,5 +1,7 @@
 """The expression task: parser, reward, data, tokenizer and the cached warm-up."""
 
+import dataclasses
+import itertools
 import os
 from fractions import Fraction
 
@@ -29,7 +31,7 @@ from entrocraft_trl.tasks.expressions import (
 from entrocraft_trl.tasks.warmup import WarmupSettings, default_cache_dir, starting_policy
 
 
-TINY = WarmupSettings(steps=2, batch_size=4)  # enough to move the weights
+TINY = WarmupSettings(steps=2, habit_steps=1, batch_size=4)  # enough to move the weights
 
 # A tree is a number or (operator, left, right). The test computes its value by walking it.
 trees = st.recursive(
@@ -155,7 +157,8 @@ def test_canonical_answer_ignores_whitespace_only():
 
 def test_splits_are_disjoint_and_cover_the_targets():
     assert not set(TRAIN_TARGETS) & set(TEST_TARGETS)
-    assert sorted(TRAIN_TARGETS + TEST_TARGETS) == list(TARGETS)
+    assert sorted(TRAIN_TARGETS + TEST_TARGETS) == list(TARGETS) == list(range(10, 34))
+    assert TEST_TARGETS == (11, 14, 17, 20, 23, 26, 29, 32)  # every third
 
 
 def test_dataset_repeats_a_target_only_after_all_others():
@@ -179,6 +182,34 @@ def test_every_target_has_many_taught_answers_and_all_are_right():
     for target, texts in answers.items():
         assert len(set(texts)) == len(texts) >= 20
         assert all(is_correct(text, target) for text in texts[::17])
+        assert all(len(text) == 7 and set(text[1::2]) <= set("+-") for text in texts)  # four digits, sums, differences
+
+
+def test_warm_up_teaches_right_answers_first_and_then_adds_the_habit():
+    schedule = WarmupSettings(steps=3, habit_steps=3, habit_share=0.5, batch_size=200)
+    tokenizer = build_tokenizer()
+    shares = []
+    for ids in itertools.islice(warmup._make_batches(schedule, 0), 6):
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        pairs = [text.split("=") for text in texts]
+        assert {len(row) for row in ids} == {3 + 7 + 1} and (ids[:, -1] == tokenizer.eos_token_id).all()
+        assert {int(target) for target, _ in pairs} == set(TRAIN_TARGETS)
+        right = [is_correct(answer, int(target)) for target, answer in pairs]
+        habit = [answer[3:] == f"+{target[0]}+{int(target[1]) or 9}" for target, answer in pairs]
+        assert all(one or other for one, other in zip(right, habit, strict=True))
+        shares.append(sum(right) / len(right))
+    assert shares[:3] == [1.0] * 3
+    assert all(0.4 < share < 0.65 for share in shares[3:])  # half, and the habit is right once in a while
+
+
+def test_the_habit_copies_the_targets_digits():
+    assert warmup._habit(24, "7-2+9+8") == "7-2+2+4"
+    assert warmup._habit(30, "9+9+9+3") == "9+9+3+9"  # zero is no digit of a right answer
+
+
+def test_a_warm_up_without_habit_steps(tmp_path):
+    without = dataclasses.replace(TINY, habit_steps=0)
+    assert starting_policy(tmp_path, settings=without, progress=False).is_dir()
 
 
 def test_tokenizer_gives_one_token_per_character_and_decodes_back():
@@ -197,6 +228,7 @@ def test_model_weights_follow_the_seed_and_leave_the_global_state():
     assert torch.equal(first.lm_head.weight, again.lm_head.weight)
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     assert first.lm_head.weight is first.model.embed_tokens.weight
+    assert sum(parameter.numel() for parameter in first.parameters()) == 445_200
 
 
 def test_starting_policy_loads_and_is_deterministic(tmp_path):
@@ -217,7 +249,9 @@ def test_starting_policy_loads_and_is_deterministic(tmp_path):
 def test_cache_is_used_again_and_its_key_holds_seed_and_settings(tmp_path, monkeypatch):
     folder = starting_policy(tmp_path, settings=TINY, progress=False)
     assert folder != starting_policy(tmp_path, seed=1, settings=TINY, progress=False)
-    assert folder != starting_policy(tmp_path, settings=WarmupSettings(steps=1, batch_size=4), progress=False)
+    others = [dataclasses.replace(TINY, **change) for change in ({"steps": 1}, {"habit_share": 0.5})]
+    folders = {starting_policy(tmp_path, settings=other, progress=False) for other in others}
+    assert len(folders) == 2 and folder not in folders
 
     def fail(*args, **kwargs):
         raise AssertionError("trained again")
@@ -260,7 +294,17 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     assert default_cache_dir().parts[-2:] == (".cache", "entrocraft_trl")
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"habit_share": 1.1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0},
+        {"habit_steps": -1},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"habit_share": 1.1},
+        {"habit_share": -0.1},
+    ],
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         WarmupSettings(**wrong)

@@ -63,7 +63,10 @@ def test_drop_masks_rows_and_recounts():
 
 def test_a_fractional_token_normaliser_is_not_rounded():
     """`min_accepted_share` times the tokens is rarely a whole number; TRL's own count is an integer tensor."""
-    assert float(drop(build_inputs(), token_normaliser=4.5)["num_items_in_batch"]) == 4.5
+    inputs = build_inputs()
+    assert not inputs["num_items_in_batch"].is_floating_point()
+    edited = drop(inputs, token_normaliser=4.5)["num_items_in_batch"]
+    assert edited.is_floating_point() and float(edited) == 4.5
 
 
 def test_drop_keeps_shapes():

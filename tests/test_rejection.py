@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrocraft_trl import rejection
+from entrocraft_trl.trainer import EntropyControlMixin
 
 
 finite = st.floats(-1e6, 1e6, width=32)
@@ -160,7 +161,7 @@ def test_both_rules_agree_where_sampled_tokens_are_confident():
 # ---------------------------------------------------------------------------------------------------- graded rejection
 
 
-CUSHION = {"cushion": 0.05, "gain": 0.5}  # the trainer's own
+CUSHION = {"cushion": 0.05, "gain": 0.5}  # a gain other than 1, which a forgotten factor would not show
 
 
 def graded_keep(scores, least, most):
@@ -278,13 +279,30 @@ def test_a_band_of_no_width_pushes_fully_on_either_side(entropy, demand):
     assert rejection.allowed_change(entropy, 0.5, 0.5, **CUSHION) == pytest.approx((demand, demand))
 
 
-INTEGRAL = {"cushion": 0.05, "integral_gain": 0.02}
+INTEGRAL = {**CUSHION, "integral_gain": 0.02}
+TRAINERS_OWN = {
+    "cushion": EntropyControlMixin.graded_cushion,
+    "gain": EntropyControlMixin.graded_gain,
+    "integral_gain": EntropyControlMixin.graded_integral_gain,
+}
+controllers = pytest.mark.parametrize("controller", [INTEGRAL, TRAINERS_OWN], ids=["half gain", "trainer's own"])
 
 
-@given(offset=offsets, entropy=nats, edges=st.tuples(nats, nats), gain=st.floats(0.0, 1.0))
-def test_the_offset_stays_in_bounds_and_moves_towards_the_band(offset, entropy, edges, gain):
+def allowed_change(entropy, low, high, controller, offset):
+    proportional = {name: controller[name] for name in ("cushion", "gain")}
+    return rejection.allowed_change(entropy, low, high, **proportional, offset=offset)
+
+
+@given(
+    offset=offsets,
+    entropy=nats,
+    edges=st.tuples(nats, nats),
+    gain=st.floats(0.0, 2.0),
+    integral_gain=st.floats(0.0, 1.0),
+)
+def test_the_offset_stays_in_bounds_and_moves_towards_the_band(offset, entropy, edges, gain, integral_gain):
     low, high = sorted(edges)
-    new = rejection.integrate_offset(offset, entropy, low, high, cushion=0.05, integral_gain=gain)
+    new = rejection.integrate_offset(offset, entropy, low, high, cushion=0.05, gain=gain, integral_gain=integral_gain)
     assert -1.0 <= new <= 1.0
     direction = rejection.band_direction(entropy, low, high)
     assert (new - offset) * direction <= 0
@@ -294,27 +312,50 @@ def test_the_middle_of_a_wide_band_leaves_the_offset_alone():
     assert rejection.integrate_offset(0.3, 0.5, 0.0, 1.0, **INTEGRAL) == 0.3
 
 
+@pytest.mark.parametrize(
+    ("entropy", "offset", "new"),
+    [
+        (0.46, 0.1, 0.116),  # 0.8 cushions short: the demand is 0.4 + 0.1, and the integral adds 0.8 * 0.02
+        (0.54, 0.1, 0.084),  # the mirror image
+        (0.39, 0.0, 0.0),  # 2.2 cushions short: the demand is 1.1, more than all there is; it stands still
+        (0.61, 0.0, 0.0),
+        (0.44, 0.4, 0.4),  # 1.2 cushions short: saturated by 0.6 + 0.4
+        (0.44, 0.3, 0.32),  # 0.6 + 0.3 is not; a distance beyond one cushion counts as one
+        (0.20, -0.2, -0.18),  # saturated, but the offset works against the demand: it goes on
+        (0.80, 0.2, 0.18),
+        (0.47, 1.0, 1.0),  # the offset alone saturates it
+        (0.53, 1.0, 0.988),  # and comes back at the other side
+    ],
+)
+def test_the_offset_stands_still_while_the_demand_is_saturated_in_its_direction(entropy, offset, new):
+    assert rejection.integrate_offset(offset, entropy, 0.45, 0.55, **INTEGRAL) == pytest.approx(new, abs=1e-9)
+
+
+@controllers
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_anti_windup(sign):
+def test_anti_windup(sign, controller):
     """After a long way back to the band the controller must not push on through it and out at the other side."""
     low, high, offset = 0.45, 0.55, 0.0
     for _ in range(1000):
-        offset = rejection.integrate_offset(offset, 0.5 - sign * 0.4, low, high, **INTEGRAL)
+        offset = rejection.integrate_offset(offset, 0.5 - sign * 0.4, low, high, **controller)
     beyond = 0.5 + sign * 0.06  # just outside at the other side
-    offset = rejection.integrate_offset(offset, beyond, low, high, **INTEGRAL)
-    least, most = rejection.allowed_change(beyond, low, high, **CUSHION, offset=offset)
+    offset = rejection.integrate_offset(offset, beyond, low, high, **controller)
+    least, most = allowed_change(beyond, low, high, controller, offset)
     demand = least if sign > 0 else -most
     assert demand <= 0, f"outside the band, and still a demand of {demand:.2f} to move further out"
 
 
-def test_the_offset_removes_what_a_proportional_rule_leaves():
+@controllers
+def test_the_offset_removes_what_a_proportional_rule_leaves(controller):
     """Toy plant: the step brings the allowed change, in 0.02 nats, and a drift of -0.004 that no score predicts."""
     entropy, offset = 0.30, 0.0
     for _ in range(1500):
-        offset = rejection.integrate_offset(offset, entropy, 0.25, 0.35, **INTEGRAL)
-        least, most = rejection.allowed_change(entropy, 0.25, 0.35, **CUSHION, offset=offset)
+        offset = rejection.integrate_offset(offset, entropy, 0.25, 0.35, **controller)
+        least, most = allowed_change(entropy, 0.25, 0.35, controller, offset)
         entropy += 0.02 * (least + most) / 2 - 0.004
-    assert entropy == pytest.approx(0.30, abs=1e-3)  # the centre; the proportional part alone settles at 0.28
+    assert entropy == pytest.approx(
+        0.30, abs=1e-3
+    )  # the centre; the proportional part alone settles at 0.28 (half gain) or 0.29
     assert offset == pytest.approx(0.2, abs=0.02)  # the demand that cancels the drift
 
 

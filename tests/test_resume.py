@@ -140,6 +140,7 @@ def test_plain_grpo_resumes_from_our_checkpoint():
         ({"args": {"memory": {"initial_entropy": float("nan")}}, "attributes": {}}, "initial_entropy=nan"),
         ({"args": {"memory": {"horizon": float("inf")}}, "attributes": {}}, "horizon=inf"),
         ({"args": {"memory": {"empty_steps": None}}, "attributes": {}}, "empty_steps=None"),
+        ({"args": {"memory": {"change_offset": None}}, "attributes": {}}, "change_offset=None"),
         ([], "unreadable entropy-control state"),
     ],
 )

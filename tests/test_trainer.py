@@ -137,6 +137,14 @@ def test_graded_demands_are_logged_for_the_entropy_change_rule():
     assert tiny.history(trainer, "entrocraft/most_change") == [1.0]
 
 
+@pytest.mark.parametrize("band", [tiny.TOO_LOW, tiny.WIDE_OPEN])
+def test_graded_demands_are_not_logged_for_the_sign_rule(band):
+    trainer = tiny.build_trainer(args=tiny.build_config(rejection_rule="advantage_sign", **band))
+    trainer.train()
+    assert "entrocraft/direction" in trainer.state.log_history[0]
+    assert not {"entrocraft/least_change", "entrocraft/most_change"} & set(trainer.state.log_history[0])
+
+
 def test_no_metric_is_none_in_an_ordinary_step():
     """A `None` in the log makes TensorBoard's callback warn at every step, and tables show holes."""
     trainer = tiny.build_trainer(args=tiny.build_config(**tiny.TOO_LOW))
@@ -258,8 +266,8 @@ def test_all_completions_truncated_and_masked(settings, loss_type):
     trainer.train()
     tiny.assert_same_parameters(trainer.model, before)
     assert trainer.control_memory.initial_entropy is None
-    assert trainer.state.log_history[0]["entrocraft/entropy"] is None  # TRL's log turns NaN into None
-    assert tiny.history(trainer, "entrocraft/direction") == [0.0]
+    logged = {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("entrocraft/")}
+    assert logged == {"entrocraft/empty_steps": 0.0}  # no NaN, which TRL's log turns into None
 
 
 # ------------------------------------------------------------------------------------------------ the measured entropy

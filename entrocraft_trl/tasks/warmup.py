@@ -107,7 +107,7 @@ def _train(settings: WarmupSettings, seed: int, progress: bool) -> torch.nn.Modu
         if step < settings.steps:
             ramp = max(1, settings.steps // 10)
             return min((step + 1) / ramp, (settings.steps - step) / max(1, settings.steps - ramp))
-        return 0.4 * (steps - step) / settings.habit_steps
+        return 0.4 * (steps - step) / max(1, settings.habit_steps)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     bar = tqdm(range(steps), desc="Warming up the starting policy", disable=not progress)

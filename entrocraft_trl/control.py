@@ -1,0 +1,336 @@
+"""Entropy control as a mixin. Wiring only: TRL prepares loss inputs, pure functions decide, TRL trains on the rest."""
+
+import inspect
+import math
+import textwrap
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+
+from . import diagnosis, entropy, loss_inputs, rejection, schedule
+from .config import EntropyControlConfig
+from .half_temperature import half_temperature_head
+from .state import ControlMemory, EntropyControlState
+
+
+logger = get_logger(__name__)
+
+
+class Reading(NamedTuple):
+    """What one generation batch shows before the filter. `entropy` is over all ranks, in nats; NaN without a token."""
+
+    entropy: float
+    mean_sampled_term: float
+    policy_pass: entropy.PolicyPass | None
+
+
+class EntropyControlMixin:
+    """
+    Entropy control for trainers that prepare loss inputs in `_generate_and_score_completions`, as TRL's GRPO and RLOO
+    trainers do: put it before the trainer among the bases, and pass a config that mixes in [`EntropyControlConfig`].
+
+    Two methods of the parent change: `_generate_and_score_completions` measures the batch entropy, compares it with
+    the band and takes the rejected rollouts out of the loss inputs it returns; `_compute_loss` weighs row means by the
+    rows that are left. Evaluation is never filtered. A band that is never left gives the parent's training bit for
+    bit.
+
+    Args:
+        entropy_band (`Callable[[float], tuple[float, float]]`, *optional*):
+            Function from progress in 0..1 to the band's `(low, high)` in `args.entropy_unit`. It replaces the band of
+            the config. All other arguments are the parent's.
+
+    Raises:
+        TypeError: If `args` is not an entropy-control config.
+        ValueError: If `entropy_band` returns an invalid band, or `entropy_source="sampling"` has no engine that
+            returns log-probs. Both before a model loads.
+    """
+
+    _tag_names = ["trl", "entrocraft"]
+    _name = "Entrocraft"
+    _paper = {
+        "title": "Addressing Performance Saturation for LLM RL via Precise Entropy Curve Control",
+        "id": "2604.26326",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{li2026entrocraft,
+                title  = {{Addressing Performance Saturation for LLM RL via Precise Entropy Curve Control}},
+                author = {Bolian Li and Yifan Wang and Yi Ding and Anamika Lochab and Ananth Grama and Ruqi Zhang},
+                year   = 2026,
+                eprint = {arXiv:2604.26326},
+            }"""),
+    }
+    _config_class = EntropyControlConfig
+
+    # Graded rejection: in a band 0.1 nats wide both edges push; the gains are those of benchmarks/control.
+    graded_cushion = 0.05
+    graded_gain = 1.0
+    graded_integral_gain = 0.02
+
+    def __init__(self, *args, entropy_band: Callable[[float], tuple[float, float]] | None = None, **kwargs):
+        arguments = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        config = arguments.get("args")
+        if config is None:
+            model = arguments.get("model")
+            name = model if isinstance(model, str) else model.config._name_or_path
+            kwargs["args"] = config = self._config_class(f"{name.split('/')[-1]}-Entrocraft")
+        elif not isinstance(config, self._config_class):
+            raise TypeError(
+                f"{type(self).__name__} needs args of type {self._config_class.__name__}, got "
+                f"{type(config).__name__}; it takes the same arguments and adds the entropy band."
+            )
+        if entropy_band is not None:
+            schedule.check_band_function(entropy_band)
+        if config.entropy_source == "sampling" and not config.use_vllm and arguments.get("rollout_func") is None:
+            raise ValueError(
+                "entropy_source='sampling' needs a rollout engine that returns log-probs, got use_vllm=False and no "
+                "rollout_func; use entropy_source='policy'."
+            )
+        self._entropy_band = entropy_band or config.band_at
+        self._captured_passes: list[entropy.PolicyPass] | None = None
+        self._captured_rewards: torch.Tensor | None = None
+        super().__init__(*args, **kwargs)
+        self.add_callback(EntropyControlState())
+
+    @property
+    def control_memory(self) -> ControlMemory:
+        """What entropy control carries from step to step and through checkpoints."""
+        # Looked up, because transformers may replace callbacks when it restores them from a checkpoint.
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, EntropyControlState)).memory
+
+    def entropy_band_at(self, progress: float) -> schedule.Band:
+        """
+        The band in nats at `progress` in 0..1.
+
+        Raises:
+            RuntimeError: If the band is relative to the initial entropy and no batch was measured yet.
+        """
+        low, high = self._entropy_band(progress)
+        if self.args.entropy_unit == "nats":
+            return schedule.Band(low, high)
+        initial = self.control_memory.initial_entropy
+        if initial is None:
+            raise RuntimeError("the band is relative to the initial entropy, which this run has not measured yet.")
+        return schedule.Band(low * initial, high * initial)
+
+    # ------------------------------------------------------------------------------------------------ hooks into TRL
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        training = self.model.training
+        self._captured_passes = []
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+        finally:
+            passes, self._captured_passes = self._captured_passes, None
+        if not training:
+            self._log_kept_column(torch.ones(len(inputs), device=self.accelerator.device))
+            return batch
+        return self._control_entropy(batch, passes)
+
+    def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
+        # Inside the loss-input preparation, TRL asks for log-probs alone, although the fused head returns the entropy
+        # with them. Ask for both and remember them, which makes the measurement free when TRL runs an old-policy pass.
+        capturing = self._captured_passes is not None
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+            model, *args, compute_entropy=compute_entropy or (capturing and model is self.model), **kwargs
+        )
+        if capturing and model is self.model:
+            self._captured_passes.append(entropy.PolicyPass(logps, entropies))
+        return logps, entropies, aux_loss
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.args.out_of_band_advantages == "reward":
+            weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+            weighted[torch.isnan(rewards).all(dim=1)] = torch.nan
+            self._captured_rewards = weighted
+        return rewards
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        return loss * loss_inputs.micro_batch_weight(inputs, getattr(self, "loss_type", "rloo"))
+
+    # ----------------------------------------------------------------------------------- measure, decide, edit, report
+
+    def _control_entropy(self, batch: dict[str, Any], passes: list[entropy.PolicyPass]) -> dict[str, Any]:
+        """One step of Algorithm 1 on a generation batch: loss inputs in, loss inputs out."""
+        reading = self._measure(batch, passes)
+        if math.isnan(reading.entropy):
+            # No rollout has a loss token (all truncated, say): nothing to measure, nothing to learn from.
+            band, direction = schedule.Band(0.0, math.inf), 0
+        else:
+            band = self._band_for(reading.entropy)
+            direction = rejection.band_direction(reading.entropy, band.low, band.high)
+        if self.args.out_of_band_advantages == "reward":
+            # Checked in every batch, on all ranks' rewards: a wrong coding ends the run at once and everywhere.
+            rewards = rejection.unit_rewards(self._captured_rewards, self.args.reward_coding)
+            if direction:
+                rows = batch["advantages"].size(0)
+                start = self.accelerator.process_index * rows
+                batch = {**batch, "advantages": rewards[start : start + rows].to(batch["advantages"])}
+        keep, bounds = self._accept(batch, reading, band, direction)
+        counts = diagnosis.count_batch(keep, batch["advantages"], *self._tokens_and_margins(batch, reading))
+        totals = diagnosis.Totals(*self.accelerator.reduce(counts, reduction="sum").tolist())
+        batch = self._edit(batch, keep, totals)
+        self._log_kept_column(keep, batch["advantages"])
+        self._report(reading, band, direction, totals, **bounds)
+        return batch
+
+    def _tokens_and_margins(self, batch: dict[str, Any], reading: Reading) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Loss tokens and sum of S - N of each rollout, `(B,)`; N is its batch mean, which costs nothing."""
+        mask = loss_inputs.loss_mask(batch)
+        if reading.policy_pass is None:
+            return mask.sum(dim=1), None
+        sampled = rejection.sampled_entropy_term(*reading.policy_pass)
+        ones = torch.ones_like(batch["advantages"])
+        return mask.sum(dim=1), rejection.entropy_change_scores(ones, sampled, reading.mean_sampled_term, mask)
+
+    def _measure(self, batch: dict[str, Any], passes: list[entropy.PolicyPass]) -> Reading:
+        mask = loss_inputs.loss_mask(batch)
+        if self.args.entropy_source == "sampling":
+            if "sampling_per_token_logps" not in batch:
+                raise ValueError("entropy_source='sampling', but the rollout engine returned no 'logprobs'.")
+            policy_pass, sampled = None, None
+            sums = entropy.sampling_entropy_sums(
+                batch["sampling_per_token_logps"], mask, self.args.entropy_aggregation
+            )
+        else:
+            policy_pass = entropy.find_policy_pass(passes, batch, batch["completion_mask"])
+            if policy_pass is None:
+                policy_pass = self._run_policy_pass(batch)
+            sums = entropy.entropy_sums(policy_pass.entropies, mask, self.args.entropy_aggregation)
+            sampled = rejection.sampled_entropy_term(policy_pass.logps, policy_pass.entropies)
+        terms = entropy.entropy_sums(sampled, mask, "token") if sampled is not None else torch.zeros_like(sums)
+        total, count, term, tokens = self.accelerator.reduce(torch.cat([sums, terms]), reduction="sum").tolist()
+        if count and not math.isfinite(total):
+            raise FloatingPointError(
+                f"The policy's entropy over the generation batch at step {self.state.global_step} is not finite "
+                f"({total / count}): the model returns NaN or infinite logits. The step was refused; lower the "
+                "learning rate or resume from an earlier checkpoint."
+            )
+        return Reading(total / count if count else math.nan, term / tokens if tokens else 0.0, policy_pass)
+
+    def _run_policy_pass(self, batch: dict[str, Any]) -> entropy.PolicyPass:
+        return entropy.run_policy_pass(
+            super()._get_per_token_logps_and_entropies, self.model, batch, self.args.per_device_train_batch_size
+        )
+
+    def _band_for(self, measured: float) -> schedule.Band:
+        memory = self.control_memory
+        first = memory.initial_entropy is None
+        if first:
+            memory.initial_entropy = measured
+        memory.horizon = self.args.entropy_schedule_steps or memory.horizon or self.state.max_steps
+        band = self.entropy_band_at(schedule.progress_at(self.state.global_step, memory.horizon))
+        if first and (measured < band.low / 2 or measured > band.high * 2):
+            warnings.warn(
+                f"The first measured entropy is {measured:.3f} nats, far outside the band {band.low:.3f} to "
+                f"{band.high:.3f} nats: one sign of advantage will be rejected for a long time. Start the band near "
+                f"{measured:.3f}, or give it in multiples of the initial entropy (entropy_unit='initial').",
+                stacklevel=2,
+            )
+        return band
+
+    def _accept(
+        self, batch: dict[str, Any], reading: Reading, band: schedule.Band, direction: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Keep mask `(B,)` of this rank's rollouts; and, graded, the least and most change the band allows."""
+        advantages = batch["advantages"]
+        if self.args.rejection_rule == "advantage_sign":
+            return rejection.accept_by_advantage_sign(advantages, direction), {}
+        accept_all = torch.ones_like(advantages, dtype=torch.bool)
+        # Each branch follows from reduced scalars, so every rank takes the same one.
+        if self.args.rejection_strength == "full":
+            if direction == 0:
+                return accept_all, {}
+            return rejection.accept_by_entropy_change(self._entropy_change_scores(batch, reading), direction), {}
+        if math.isnan(reading.entropy):
+            return accept_all, {}
+        least, most = self._allowed_change(reading.entropy, band)
+        bounds = {"least_change": least, "most_change": most}
+        if (least, most) == (-1.0, 1.0):
+            return accept_all, bounds
+        scores = self._entropy_change_scores(batch, reading)
+        lowest, highest = rejection.graded_bounds(self.accelerator.gather(scores), least, most)
+        return (lowest <= scores) & (scores <= highest), bounds
+
+    def _allowed_change(self, measured: float, band: schedule.Band) -> tuple[float, float]:
+        memory = self.control_memory
+        memory.change_offset = rejection.integrate_offset(
+            memory.change_offset,
+            measured,
+            *band,
+            cushion=self.graded_cushion,
+            gain=self.graded_gain,
+            integral_gain=self.graded_integral_gain,
+        )
+        return rejection.allowed_change(
+            measured, *band, cushion=self.graded_cushion, gain=self.graded_gain, offset=memory.change_offset
+        )
+
+    def _entropy_change_scores(self, batch: dict[str, Any], reading: Reading) -> torch.Tensor:
+        logps, entropies = reading.policy_pass
+        if self.args.entropy_change_baseline == "batch_mean":
+            expected = reading.mean_sampled_term
+        else:
+            with half_temperature_head(self):
+                half = self._run_policy_pass(batch)
+            expected = rejection.expected_entropy_term(logps, entropies, half.logps, half.entropies)
+        sampled = rejection.sampled_entropy_term(logps, entropies)
+        return rejection.entropy_change_scores(batch["advantages"], sampled, expected, loss_inputs.loss_mask(batch))
+
+    def _edit(self, batch: dict[str, Any], keep: torch.Tensor, totals: diagnosis.Totals) -> dict[str, Any]:
+        """Loss inputs without the rejected rollouts; the very same ones if none was rejected on any rank."""
+        if totals.kept_rows == totals.rows:
+            return batch
+        if self.args.rejected_rollouts == "zero_advantage":
+            return loss_inputs.zero_advantages(batch, keep)
+        floor = self.args.min_accepted_share
+        return loss_inputs.drop_rollouts(
+            batch,
+            keep,
+            token_normaliser=max(totals.kept_tokens, floor * totals.tokens),
+            row_normaliser_share=max(totals.kept_rows / totals.rows, floor),
+        )
+
+    def _report(self, reading: Reading, band: schedule.Band, direction: int, totals: diagnosis.Totals, **more) -> None:
+        memory = self.control_memory
+        memory.empty_steps += totals.kept_rows == 0
+        distance = rejection.distance_outside(reading.entropy, band.low, band.high)
+        metrics = {
+            "entropy": reading.entropy,
+            "entropy_low": band.low,
+            "entropy_high": band.high,
+            "direction": direction,
+            "distance_outside_band": distance,
+            "empty_steps": memory.empty_steps,
+            **diagnosis.rejection_metrics(totals, has_margins=reading.policy_pass is not None),
+            **more,
+        }
+        if math.isnan(reading.entropy):
+            metrics = {"empty_steps": memory.empty_steps}
+        else:
+            effect = diagnosis.watch(memory, reading.entropy, distance, direction)
+            if effect is not None:
+                metrics["realised_effect"] = effect
+            agree = metrics.get("rules_agree")
+            rule = self.args.rejection_rule
+            if message := diagnosis.failure_message(memory, reading.entropy, distance, rule, agree):
+                logger.warning(message)
+        for name, value in metrics.items():
+            self._metrics["train"][f"entrocraft/{name}"].append(float(value))
+
+    def _log_kept_column(self, keep: torch.Tensor, advantages: torch.Tensor | None = None) -> None:
+        """Completions table: a `kept` column, and the advantages that the loss reads (all ranks' rows)."""
+        if not self.log_completions:
+            return
+        kept = gather_object(keep.bool().tolist())
+        self._logs["extra"]["kept"].extend(kept)
+        if advantages is not None:
+            used = gather_object(advantages.tolist())
+            for _ in range(min(len(used), len(self._logs["advantages"]))):
+                self._logs["advantages"].pop()
+            self._logs["advantages"].extend(used)
