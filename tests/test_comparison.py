@@ -113,7 +113,10 @@ def test_all_trainers_start_from_the_same_rollouts(runs):
 
 
 def test_measured_entropies_are_those_before_any_filter():
-    assert comparison.measured_entropies([{"entropy": 0.3, "entrocraft/entropy": 0.5}, {"entropy": 0.4}]) == [0.5, 0.4]
+    assert comparison.measured_entropies([{"entropy": 0.3}, {"entropy": 0.4}]) == [0.3, 0.4]
+    # A step without a reading of ours: TRL's entropy counts what the filter left and must not stand in for it.
+    log = [{"entropy": 0.3, "entrocraft/entropy": 0.5}, {"entropy": 0.0}, {"entropy": 0.2, "entrocraft/entropy": 0.6}]
+    assert comparison.measured_entropies(log) == [0.5, 0.6]
 
 
 def test_attributes_are_set_before_training_and_the_trained_policy_is_evaluated(short_task, monkeypatch):
