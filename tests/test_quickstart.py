@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_yaml_file_holds_the_settings_of_the_command():
     settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
-    shared = comparison.expression_arguments(settings["output_dir"])
+    shared = {**comparison.expression_arguments(settings["output_dir"]), **quickstart.BAND}
     differing = {"save_strategy", "report_to"}  # the YAML run saves checkpoints; the comparison needs none
     assert {key: settings[key] for key in shared if key not in differing} == {
         key: value for key, value in shared.items() if key not in differing

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 
+# Multiples of the initial entropy. Plain GRPO falls below it within the run, so there is something to hold up.
+BAND = {"entropy_low": [0.9, 0.5], "entropy_high": [1.05, 0.65]}
 # Title in table and figure -> rejection rule; `None` is plain GRPO.
 ARMS = {"GRPO": None, "Entrocraft, advantage sign": "advantage_sign", "Entrocraft, entropy change": "entropy_change"}
 
@@ -19,7 +21,7 @@ def main(argv: list[str]) -> None:
         "paper's rule, Entrocraft with the entropy-change rule - on a CPU, without the Hub, and compare.",
     )
     parser.add_argument("--output_dir", default="runs/quickstart", help="folder for summary.json, logs and figure")
-    parser.add_argument("--max_steps", type=int, default=200, help="optimizer steps of each run")
+    parser.add_argument("--max_steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--seed", type=int, default=0, help="seed of all three runs")
     options = parser.parse_args(argv)
     if options.max_steps < 1:
@@ -57,7 +59,7 @@ def run(output_dir: Path, max_steps: int, seed: int) -> dict[str, Any]:
         if rule is None:
             result = train_and_evaluate(GRPOTrainer, GRPOConfig(**arguments), task)
         else:
-            config = EntrocraftGRPOConfig(**arguments, rejection_rule=rule)
+            config = EntrocraftGRPOConfig(**arguments, **BAND, rejection_rule=rule)
             result = train_and_evaluate(EntrocraftGRPOTrainer, config, task)
         logs[name], evaluations[name], seconds[name] = result
     summary = {
