@@ -39,7 +39,7 @@ def expression_arguments(output_dir: str, *, max_steps: int = 300, seed: int = 0
     """
     Trainer arguments for the embedded task on a CPU, the same for every method (also in `configs/quickstart.yaml`).
 
-    At this learning rate plain GRPO loses most of its entropy within 200 to 300 steps, and one step moves the entropy by less
+    At this learning rate plain GRPO loses most of its entropy within 300 steps, and one step moves the entropy by less
     than one reading of it scatters.
     """
     return {
