@@ -1,0 +1,175 @@
+"""
+Entropy control under other losses and advantage estimators, on the embedded task.
+
+    python -m benchmarks.estimators    # about 5 minutes on one thread
+
+One run per estimator with the entropy-change rule and the constant band of `benchmarks.control`, from the same start
+and with the same other settings. Finished runs are kept in `runs/estimators/`. Writes
+`benchmarks/results/estimators.{json,md,png}`.
+"""
+
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.control import HALF_WIDTH, RESULTS, band_knots, reading_scatter, start_of_task
+
+
+FOLDER = Path("runs/estimators")
+STEPS, SEED = 100, 0
+COUNTED_FROM = STEPS // 5  # the way from the initial entropy into the band does not count
+GSPO = {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 3e-4, "epsilon_high": 4e-4}
+# What each estimator changes in the config; all else is `expression_arguments`. On policy every ratio is 1, and the
+# clipped losses differ only in how they weigh tokens: DAPO and CISPO have one gradient, GSPO and SAPO another. Where
+# they differ is the second pass over a batch, so that they run with two.
+ESTIMATORS = {
+    "DAPO = CISPO, on policy": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "GSPO = SAPO, on policy": GSPO,
+    "Dr. GRPO, on policy": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    # RLOO's own default adds a KL reward (beta 0.05), which would pull on the entropy too: off, as for the others.
+    "RLOO, on policy": {"beta": 0.0},
+    "DAPO, 2 passes": {"loss_type": "dapo", "epsilon_high": 0.28, "num_iterations": 2},
+    "CISPO, 2 passes": {"loss_type": "cispo", "epsilon_high": 5.0, "num_iterations": 2},
+    "GSPO, 2 passes": {**GSPO, "num_iterations": 2},
+    "SAPO, 2 passes": {"loss_type": "sapo", "num_iterations": 2},
+}
+
+
+def run_one(name: str, initial: float) -> dict:
+    """One training run; its record is read from disk if it was run before."""
+    file = FOLDER / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    from entrocraft_trl import (
+        EntrocraftGRPOConfig,
+        EntrocraftGRPOTrainer,
+        EntrocraftRLOOConfig,
+        EntrocraftRLOOTrainer,
+    )
+    from entrocraft_trl.comparison import expression_arguments, expression_task, train_and_evaluate
+
+    centre = band_knots(initial)["constant"][0][1]
+    arguments = expression_arguments(str(file.with_suffix("")), max_steps=STEPS, seed=SEED) | {
+        "disable_tqdm": True,
+        "rejection_rule": "entropy_change",
+        "entropy_unit": "nats",
+        "entropy_schedule": "constant",
+        "entropy_low": [centre - HALF_WIDTH],
+        "entropy_high": [centre + HALF_WIDTH],
+    }
+    arguments |= ESTIMATORS[name]
+    if name.startswith("RLOO"):
+        trainer, config = EntrocraftRLOOTrainer, EntrocraftRLOOConfig(**arguments)
+    else:
+        trainer, config = EntrocraftGRPOTrainer, EntrocraftGRPOConfig(**arguments)
+    run = train_and_evaluate(trainer, config, expression_task(SEED, progress=False))
+    # The second pass over a batch measures nothing.
+    log = [entry for entry in run.log if "entrocraft/entropy" in entry]
+    record = {
+        "estimator": name,
+        "centre": centre,
+        "steps": [entry["step"] - 1 for entry in log],
+        "entropy": [entry["entrocraft/entropy"] for entry in log],
+        "reward": [entry["reward"] for entry in log],
+        "accepted": [entry["entrocraft/accepted_rollouts"] for entry in log],
+        "evaluation": run.evaluation,
+        "seconds": run.seconds,
+    }
+    file.write_text(json.dumps(record))
+    return record
+
+
+def measure(record: dict) -> dict[str, float | str]:
+    """Figures of one run; RMS distance outside, mean entropy and scatter in nats."""
+    counted = [h for step, h in zip(record["steps"], record["entropy"], strict=True) if step >= COUNTED_FROM]
+    outside = [max(abs(h - record["centre"]) - HALF_WIDTH, 0.0) for h in counted]
+    return {
+        "estimator": record["estimator"],
+        "rms_outside": math.sqrt(mean(d * d for d in outside)),
+        "in_band_share": mean(d == 0.0 for d in outside),
+        "entropy_minus_centre": mean(counted) - record["centre"],
+        "scatter": reading_scatter(counted),
+        "accepted_share": mean(record["accepted"]),
+        "reward_start": mean(record["reward"][: len(record["reward"]) // 10]),
+        "reward_end": mean(record["reward"][-(len(record["reward"]) // 10) :]),
+        "mean_at_32": record["evaluation"]["mean@32"],
+        "seconds": record["seconds"],
+    }
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [
+        "| estimator | RMS outside (nats) | readings inside | mean minus centre | scatter | accepted | reward, first "
+        "-> last tenth | mean@32 | seconds |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        reward = f"{row['reward_start']:.3f} -> {row['reward_end']:.3f}"
+        lines.append(
+            f"| {row['estimator']} | {row['rms_outside']:.4f} | {row['in_band_share']:.0%} "
+            f"| {row['entropy_minus_centre']:+.3f} | {row['scatter']:.3f} | {row['accepted_share']:.0%} "
+            f"| {reward} | {row['mean_at_32']:.3f} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(records: list[dict]):
+    """One panel per estimator: the measured entropy over the band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = 3
+    rows = math.ceil(len(records) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(9, 2.0 * rows), sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(records) :]:
+        axis.set_visible(False)
+    for axis, record in zip(axes.flat, records, strict=False):
+        centre = record["centre"]
+        axis.axhspan(centre - HALF_WIDTH, centre + HALF_WIDTH, color="#E69F00", alpha=0.25, linewidth=0)
+        axis.plot(record["steps"], record["entropy"], color="#009E73", linewidth=1.0)
+        axis.set_title(record["estimator"], fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("entropy (nats)", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def main() -> None:
+    import torch
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    initial, _ = start_of_task()
+    records = []
+    for name in ESTIMATORS:
+        records.append(run_one(name, initial))
+        print(measure(records[-1]), flush=True)
+    rows = [measure(record) for record in records]
+    centre = records[0]["centre"]
+    table = markdown(rows)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    content = {"initial_entropy": initial, "band": [centre - HALF_WIDTH, centre + HALF_WIDTH], "rows": rows}
+    (RESULTS / "estimators.json").write_text(json.dumps(content, indent=2) + "\n")
+    (RESULTS / "estimators.md").write_text(
+        f"Entropy-change rule, constant band {centre - HALF_WIDTH:.3f} to {centre + HALF_WIDTH:.3f} nats, {STEPS} "
+        f"optimizer steps from {initial:.3f} nats, one seed, the same learning rate for all. The first {COUNTED_FROM} "
+        "steps, the way into the band, do not count. Made by `python -m benchmarks.estimators`.\n\n" + table
+    )
+    print(table)
+    draw(records).savefig(RESULTS / "estimators.png", dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
