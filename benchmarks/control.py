@@ -4,18 +4,18 @@ How well each method keeps the policy's entropy in a band, on the embedded task.
     python -m benchmarks.control            # everything, both cores, under 90 minutes on a 2-core CPU machine
     python -m benchmarks.control --quick    # one seed, two bands, few steps: about 5 minutes
 
-Each finished run is kept in `runs/control/`, so a second call continues where the first one stopped. Writes
+Each finished run is kept in `runs/control/`, so that a second call continues where the first one stopped. Writes
 `benchmarks/results/control.{json,md,png}` (`--quick` writes to `runs/control-quick/`).
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
-import warnings
 from pathlib import Path
 from statistics import mean, stdev
+
+from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
 
 
 METHODS = ("grpo", "adaptive_bonus", "advantage_sign", "entropy_change")
@@ -23,7 +23,7 @@ METHODS = ("grpo", "adaptive_bonus", "advantage_sign", "entropy_change")
 FULL = "entropy_change:full"
 FULL_BANDS = ("constant", "linear", "step")
 HALF_WIDTH = 0.05  # nats: every band is 0.10 nats wide
-STEPS, QUICK_STEPS = 200, 60
+STEPS, QUICK_STEPS = 300, 60
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 # Bonus step and bound: TRL's defaults, two stronger and two weaker ones (the last is that of arXiv 2505.22312).
 BONUS_CANDIDATES = {
@@ -33,18 +33,18 @@ BONUS_CANDIDATES = {
     "1e-3/0.1": (1e-3, 0.1),
     "1e-4/5e-3": (1e-4, 5e-3),
 }
-RESULTS = Path(__file__).parent / "results"
 
 
 def band_knots(initial: float) -> dict[str, list[tuple[float, float]]]:
     """Centres in nats at progress values, joined by straight lines ("cosine" is drawn with many short ones)."""
-    end = 0.35 * initial
+    # Above where plain GRPO ends up, so that there is something to hold on every band.
+    end = 0.5 * initial
     cosine = [(p / 20, initial + (end - initial) * (1 - math.cos(math.pi * p / 20)) / 2) for p in range(21)]
     return {
         "constant": [(0.0, 0.85 * initial), (1.0, 0.85 * initial)],
         "linear": [(0.0, initial), (1.0, end)],
         "cosine": cosine,
-        "rise_decay": [(0.0, initial), (1 / 3, 1.15 * initial), (1.0, 0.5 * initial)],
+        "rise_decay": [(0.0, initial), (1 / 3, 1.15 * initial), (1.0, end)],
         "step": [
             (0.0, 0.85 * initial),
             (0.5, 0.85 * initial),
@@ -67,13 +67,12 @@ def run_one(job: dict) -> dict:
     settings = {key: job[key] for key in ("method", "band", "seed", "steps", "initial_entropy")}
     if job["method"].startswith("adaptive_bonus"):
         settings["bonus"] = list(job["bonus"])
-    if file.exists():
-        record = json.loads(file.read_text())
-        if record.get("settings") == settings:
-            return record
-    warnings.filterwarnings("ignore")
-    import torch
-    import transformers
+    return kept_record(file, settings, lambda: train(job, str(file.with_suffix(""))))
+
+
+def train(job: dict, output_dir: str) -> dict:
+    """Train with the job's method and band; the readings of all steps and the evaluation."""
+    one_quiet_thread()
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -85,13 +84,8 @@ def run_one(job: dict) -> dict:
         train_and_evaluate,
     )
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    task, initial = expression_task(job["seed"], progress=False), job["initial_entropy"]
-    knots = band_knots(initial).get(job["band"])
-    common = expression_arguments(str(file.with_suffix("")), max_steps=job["steps"], seed=job["seed"])
-    common["disable_tqdm"] = True
+    knots = band_knots(job["initial_entropy"]).get(job["band"])
+    common = expression_arguments(output_dir, max_steps=job["steps"], seed=job["seed"]) | {"disable_tqdm": True}
     callbacks = []
     if job["method"].startswith("adaptive_bonus"):
 
@@ -122,35 +116,23 @@ def run_one(job: dict) -> dict:
             entropy_schedule="piecewise",
             entropy_knots=[f"{p}:{c - HALF_WIDTH}:{c + HALF_WIDTH}" for p, c in knots],
         )
-    run = train_and_evaluate(trainer, config, task, callbacks=callbacks)
-    record = {
+    run = train_and_evaluate(trainer, config, expression_task(job["seed"], progress=False), callbacks=callbacks)
+    return {
         **{key: job[key] for key in ("method", "band", "seed", "steps")},
-        "settings": settings,
         "entropy": measured_entropies(run.log),
         "reward": [entry["reward"] for entry in run.log],
         "accepted": [entry.get("entrocraft/accepted_rollouts", 1.0) for entry in run.log],
         "evaluation": run.evaluation,
         "seconds": run.seconds,
     }
-    # In one piece: a run that is killed while writing must not leave a file that stops the next call.
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(record))
-    partial.replace(file)
-    return record
 
 
 def start_of_task() -> tuple[float, dict[str, float]]:
     """Entropy in nats of the starting policy on the training prompts, which sets all bands, and its evaluation."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from entrocraft_trl.comparison import evaluate, expression_task
-    from entrocraft_trl.tasks import expressions
+    from entrocraft_trl.comparison import evaluate_start, expression_task
 
     task = expression_task()
-    model = AutoModelForCausalLM.from_pretrained(task.policy)
-    tokenizer = AutoTokenizer.from_pretrained(task.policy)
-    on_train = task._replace(test=expressions.make_dataset("train", len(expressions.TRAIN_TARGETS), 0))
-    return evaluate(model, tokenizer, on_train)["entropy"], evaluate(model, tokenizer, task)
+    return evaluate_start(task, on_training_prompts=True)["entropy"], evaluate_start(task)
 
 
 def measure(record: dict, knots: list[tuple[float, float]], band: str) -> dict[str, float | None]:
@@ -205,10 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from benchmarks.control_report import write_report
 
-    folder = Path("runs/control-quick" if options.quick else "runs/control")
-    folder.mkdir(parents=True, exist_ok=True)
     steps, seeds = (QUICK_STEPS, QUICK_SEEDS) if options.quick else (STEPS, SEEDS)
     initial, start = start_of_task()
+    folder = policy_folder(Path("runs/control-quick" if options.quick else "runs/control"), initial)
     bands = ("constant", "step") if options.quick else tuple(band_knots(initial))
     print(f"initial entropy {initial:.3f} nats, starting policy {start}", flush=True)
     with multiprocessing.get_context("spawn").Pool(os.cpu_count() or 1) as pool:

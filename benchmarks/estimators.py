@@ -11,11 +11,11 @@ and with the same other settings. Finished runs are kept in `runs/estimators/`. 
 import json
 import math
 import re
-import warnings
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.control import HALF_WIDTH, RESULTS, band_knots, reading_scatter, start_of_task
+from benchmarks.control import HALF_WIDTH, band_knots, reading_scatter, start_of_task
+from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
 
 
 FOLDER = Path("runs/estimators")
@@ -40,9 +40,13 @@ ESTIMATORS = {
 
 def run_one(name: str, initial: float) -> dict:
     """One training run; its record is read from disk if it was run before."""
-    file = FOLDER / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
-    if file.exists():
-        return json.loads(file.read_text())
+    file = policy_folder(FOLDER, initial) / f"{re.sub('[^a-z0-9]+', '_', name.lower())}.json"
+    settings = {"initial_entropy": initial, "steps": STEPS, "seed": SEED, **ESTIMATORS[name]}
+    return kept_record(file, settings, lambda: train(name, initial, str(file.with_suffix(""))))
+
+
+def train(name: str, initial: float, output_dir: str) -> dict:
+    """Train with one estimator; the readings of its steps and the evaluation."""
     from entrocraft_trl import (
         EntrocraftGRPOConfig,
         EntrocraftGRPOTrainer,
@@ -52,7 +56,7 @@ def run_one(name: str, initial: float) -> dict:
     from entrocraft_trl.comparison import expression_arguments, expression_task, train_and_evaluate
 
     centre = band_knots(initial)["constant"][0][1]
-    arguments = expression_arguments(str(file.with_suffix("")), max_steps=STEPS, seed=SEED) | {
+    arguments = expression_arguments(output_dir, max_steps=STEPS, seed=SEED) | {
         "disable_tqdm": True,
         "rejection_rule": "entropy_change",
         "entropy_unit": "nats",
@@ -68,7 +72,7 @@ def run_one(name: str, initial: float) -> dict:
     run = train_and_evaluate(trainer, config, expression_task(SEED, progress=False))
     # The second pass over a batch measures nothing.
     log = [entry for entry in run.log if "entrocraft/entropy" in entry]
-    record = {
+    return {
         "estimator": name,
         "centre": centre,
         "steps": [entry["step"] - 1 for entry in log],
@@ -78,8 +82,6 @@ def run_one(name: str, initial: float) -> dict:
         "evaluation": run.evaluation,
         "seconds": run.seconds,
     }
-    file.write_text(json.dumps(record))
-    return record
 
 
 def measure(record: dict) -> dict[str, float | str]:
@@ -143,14 +145,7 @@ def draw(records: list[dict]):
 
 
 def main() -> None:
-    import torch
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    one_quiet_thread()
     initial, _ = start_of_task()
     records = []
     for name in ESTIMATORS:

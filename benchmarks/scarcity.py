@@ -12,11 +12,12 @@ under a band that lies above its entropy, with different values of `min_accepted
 import argparse
 import json
 import math
-import warnings
+import re
 from pathlib import Path
 from statistics import mean, median
 
-from benchmarks.control import HALF_WIDTH, RESULTS
+from benchmarks.control import HALF_WIDTH
+from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
 
 
 FOLDER = Path("runs/scarcity")
@@ -40,28 +41,29 @@ RULES = {
 
 def starting_point() -> tuple[Path, float]:
     """A policy that is mostly right (taught no habit), and its entropy in nats on the training prompts."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from entrocraft_trl.comparison import evaluate, expression_task
-    from entrocraft_trl.tasks import WarmupSettings, expressions, starting_policy
+    from entrocraft_trl.comparison import evaluate_start, expression_task
+    from entrocraft_trl.tasks import WarmupSettings, starting_policy
 
     policy = starting_policy(settings=WarmupSettings(habit_share=0.0), progress=False)
-    data = expressions.make_dataset("train", len(expressions.TRAIN_TARGETS), 0)
-    task = expression_task(progress=False)._replace(policy=policy, test=data)
-    figures = evaluate(AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy), task)
-    return policy, figures["entropy"]
+    task = expression_task(progress=False)._replace(policy=policy)
+    return policy, evaluate_start(task, on_training_prompts=True)["entropy"]
 
 
 def run_one(rule: str, floor: float, seed: int, policy: Path, centre: float) -> dict:
     """One training run; its record is read from disk if it was run before."""
-    file = FOLDER / f"{list(RULES).index(rule)}-{floor:g}-{seed}.json"
-    if file.exists():
-        return json.loads(file.read_text())
+    folder = policy_folder(FOLDER, centre - HALF_WIDTH)
+    file = folder / f"{re.sub('[^a-z0-9]+', '_', rule)}-{floor:g}-{seed}.json"
+    settings = {"centre": centre, "floor": floor, "seed": seed, "steps": STEPS, **RULES[rule]}
+    return kept_record(file, settings, lambda: train(rule, floor, seed, policy, centre, str(file.with_suffix(""))))
+
+
+def train(rule: str, floor: float, seed: int, policy: Path, centre: float, output_dir: str) -> dict:
+    """Train under one rule and floor; the readings of its steps and the evaluation."""
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
     from entrocraft_trl.comparison import expression_arguments, expression_task, train_and_evaluate
 
     config = EntrocraftGRPOConfig(
-        **expression_arguments(str(file.with_suffix("")), max_steps=STEPS, seed=seed) | {"disable_tqdm": True},
+        **expression_arguments(output_dir, max_steps=STEPS, seed=seed) | {"disable_tqdm": True},
         **RULES[rule],
         min_accepted_share=floor,
         entropy_unit="nats",
@@ -71,7 +73,7 @@ def run_one(rule: str, floor: float, seed: int, policy: Path, centre: float) -> 
     )
     task = expression_task(seed, progress=False)._replace(policy=policy)
     run = train_and_evaluate(EntrocraftGRPOTrainer, config, task)
-    record = {
+    return {
         "rule": rule,
         "min_accepted_share": floor,
         "seed": seed,
@@ -85,8 +87,6 @@ def run_one(rule: str, floor: float, seed: int, policy: Path, centre: float) -> 
         "evaluation": run.evaluation,
         "seconds": run.seconds,
     }
-    file.write_text(json.dumps(record))
-    return record
 
 
 def carrying_rollouts(entry: dict, rule: str) -> float:
@@ -206,17 +206,10 @@ def draw(records: list[dict]):
 
 
 def main(argv: list[str] | None = None) -> None:
-    import torch
-    import transformers
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scarcity", description=__doc__.split("\n")[1])
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds (default: %(default)s)")
     options = parser.parse_args(argv)
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    one_quiet_thread()
     policy, initial = starting_point()
     centre = initial + HALF_WIDTH
     records = []

@@ -60,6 +60,18 @@ def expression_arguments(output_dir: str, *, max_steps: int = 300, seed: int = 0
     }
 
 
+def load_policy(task: Task) -> tuple[Any, Any]:
+    """The task's starting policy: its model and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(task.policy), AutoTokenizer.from_pretrained(task.policy)
+
+
+def evaluate_start(task: Task, *, on_training_prompts: bool = False, progress: bool = False) -> dict[str, float]:
+    """[`evaluate`] of the starting policy; its `entropy` on the training prompts is what a run measures first."""
+    if on_training_prompts:
+        task = task._replace(test=expressions.make_dataset("train", len(expressions.TRAIN_TARGETS), 0))
+    return evaluate(*load_policy(task), task, progress=progress)
+
+
 class Run(NamedTuple):
     """A finished run: its log (one record per logging step), its evaluation, and seconds of training."""
 
@@ -95,7 +107,6 @@ def train_and_evaluate(
     task: Task,
     *,
     callbacks: Sequence[TrainerCallback] = (),
-    attributes: Mapping[str, Any] | None = None,
 ) -> Run:
     """
     Train `task.policy` with `trainer_class` and evaluate what comes out. Its log is saved in `output_dir`.
@@ -105,11 +116,10 @@ def train_and_evaluate(
         args (`TrainingArguments`): The trainer's config.
         task (`Task`): Start, data and reward.
         callbacks (`Sequence[TrainerCallback]`): Added to the trainer's own.
-        attributes (`Mapping[str, Any]`, *optional*): Attributes set on the trainer before it trains.
     """
-    tokenizer = AutoTokenizer.from_pretrained(task.policy)
+    model, tokenizer = load_policy(task)
     trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(task.policy),
+        model=model,
         reward_funcs=task.reward,
         args=args,
         train_dataset=task.train,
@@ -118,8 +128,6 @@ def train_and_evaluate(
     )
     # It would print every log record as a dict between the progress bars; the records are returned and saved.
     trainer.remove_callback(PrinterCallback)
-    for name, value in (attributes or {}).items():
-        setattr(trainer, name, value)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

@@ -21,11 +21,15 @@ logger = get_logger(__name__)
 
 
 class Reading(NamedTuple):
-    """What one generation batch shows before the filter. `entropy` is over all ranks, in nats; NaN without a token."""
+    """
+    What one generation batch shows before the filter. `entropy` (nats; NaN without a token) and `mean_sampled_term`
+    are over all ranks; `policy_pass` and `sampled_term`, S of each token `(B, T)`, are this rank's.
+    """
 
     entropy: float
     mean_sampled_term: float
-    policy_pass: entropy.PolicyPass | None
+    policy_pass: entropy.PolicyPass | None = None
+    sampled_term: torch.Tensor | None = None
 
 
 class EntropyControlMixin:
@@ -33,9 +37,10 @@ class EntropyControlMixin:
     Entropy control for trainers that prepare loss inputs in `_generate_and_score_completions`, as TRL's GRPO and RLOO
     trainers do: put it before the trainer among the bases, and pass a config that mixes in [`EntropyControlConfig`].
 
-    Two methods of the parent change: `_generate_and_score_completions` measures the batch entropy, compares it with
-    the band and takes the rejected rollouts out of the loss inputs it returns; `_compute_loss` weighs row means by the
-    rows that are left. Evaluation is never filtered. A band that is never left gives the parent's training bit for
+    Two methods of the parent change what they return: `_generate_and_score_completions` measures the batch entropy,
+    compares it with the band and takes the rejected rollouts out of the loss inputs; `_compute_loss` weighs row means
+    by the rows that are left. Two more only listen: to the old-policy pass and to the rewards. Evaluation is never
+    filtered. A band that is never left gives the parent's training bit for
     bit.
 
     Args:
@@ -182,11 +187,11 @@ class EntropyControlMixin:
     def _tokens_and_margins(self, batch: dict[str, Any], reading: Reading) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Loss tokens and sum of S - N of each rollout, `(B,)`; N is its batch mean, which costs nothing."""
         mask = loss_inputs.loss_mask(batch)
-        if reading.policy_pass is None:
+        if reading.sampled_term is None:
             return mask.sum(dim=1), None
-        sampled = rejection.sampled_entropy_term(*reading.policy_pass)
         ones = torch.ones_like(batch["advantages"])
-        return mask.sum(dim=1), rejection.entropy_change_scores(ones, sampled, reading.mean_sampled_term, mask)
+        margins = rejection.entropy_change_scores(ones, reading.sampled_term, reading.mean_sampled_term, mask)
+        return mask.sum(dim=1), margins
 
     def _measure(self, batch: dict[str, Any], passes: list[entropy.PolicyPass]) -> Reading:
         mask = loss_inputs.loss_mask(batch)
@@ -202,7 +207,7 @@ class EntropyControlMixin:
             if policy_pass is None:
                 policy_pass = self._run_policy_pass(batch)
             sums = entropy.entropy_sums(policy_pass.entropies, mask, self.args.entropy_aggregation)
-            sampled = rejection.sampled_entropy_term(policy_pass.logps, policy_pass.entropies)
+            sampled = rejection.sampled_entropy_term(*policy_pass)
         terms = entropy.entropy_sums(sampled, mask, "token") if sampled is not None else torch.zeros_like(sums)
         total, count, term, tokens = self.accelerator.reduce(torch.cat([sums, terms]), reduction="sum").tolist()
         if count and not math.isfinite(total):
@@ -211,7 +216,8 @@ class EntropyControlMixin:
                 f"({total / count}): the model returns NaN or infinite logits. The step was refused; lower the "
                 "learning rate or resume from an earlier checkpoint."
             )
-        return Reading(total / count if count else math.nan, term / tokens if tokens else 0.0, policy_pass)
+        measured, mean_term = total / count if count else math.nan, term / tokens if tokens else 0.0
+        return Reading(measured, mean_term, policy_pass, sampled)
 
     def _run_policy_pass(self, batch: dict[str, Any]) -> entropy.PolicyPass:
         return entropy.run_policy_pass(
@@ -272,15 +278,14 @@ class EntropyControlMixin:
         )
 
     def _entropy_change_scores(self, batch: dict[str, Any], reading: Reading) -> torch.Tensor:
-        logps, entropies = reading.policy_pass
         if self.args.entropy_change_baseline == "batch_mean":
             expected = reading.mean_sampled_term
         else:
             with half_temperature_head(self):
                 half = self._run_policy_pass(batch)
-            expected = rejection.expected_entropy_term(logps, entropies, half.logps, half.entropies)
-        sampled = rejection.sampled_entropy_term(logps, entropies)
-        return rejection.entropy_change_scores(batch["advantages"], sampled, expected, loss_inputs.loss_mask(batch))
+            expected = rejection.expected_entropy_term(*reading.policy_pass, half.logps, half.entropies)
+        mask = loss_inputs.loss_mask(batch)
+        return rejection.entropy_change_scores(batch["advantages"], reading.sampled_term, expected, mask)
 
     def _edit(self, batch: dict[str, Any], keep: torch.Tensor, totals: diagnosis.Totals) -> dict[str, Any]:
         """Loss inputs without the rejected rollouts; the very same ones if none was rejected on any rank."""

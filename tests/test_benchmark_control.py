@@ -49,8 +49,8 @@ def make_record(entropy, method="entropy_change", band="constant", seed=0, accep
     ("band", "values"),
     [
         ("constant", {0.0: 0.85, 0.5: 0.85, 1.0: 0.85}),
-        ("linear", {0.0: 1.0, 0.5: 0.675, 1.0: 0.35}),
-        ("cosine", {0.0: 1.0, 0.5: 0.675, 0.25: 1.0 - 0.65 * (1 - math.sqrt(0.5)) / 2, 1.0: 0.35}),
+        ("linear", {0.0: 1.0, 0.5: 0.75, 1.0: 0.5}),
+        ("cosine", {0.0: 1.0, 0.5: 0.75, 0.25: 1.0 - 0.5 * (1 - math.sqrt(0.5)) / 2, 1.0: 0.5}),
         ("rise_decay", {0.0: 1.0, 1 / 6: 1.075, 1 / 3: 1.15, 2 / 3: 0.825, 1.0: 0.5}),
         ("step", {0.0: 0.85, 0.499: 0.85, 0.501: 0.70, 1.0: 0.70}),
     ],
@@ -75,7 +75,7 @@ def test_the_cosine_between_its_knots_is_the_cosine():
     knots = control.band_knots(1.0)["cosine"]
     for index in range(101):
         progress = index / 100
-        exact = 0.35 + 0.65 * (1 + math.cos(math.pi * progress)) / 2
+        exact = 0.5 + 0.5 * (1 + math.cos(math.pi * progress)) / 2
         assert control.centre_at(knots, progress) == pytest.approx(exact, abs=2e-3)  # a twenty-fifth of the half width
 
 
@@ -221,13 +221,13 @@ def test_every_method_trains_with_the_same_arguments_towards_the_same_band(tmp_p
         args = configs[method][1]
         rule, strength = (*method.split(":"), "graded")[:2]
         assert (args.rejection_rule, args.rejection_strength, args.entropy_unit) == (rule, strength, "nats")
-        assert tuple(args.band_at(0.5)) == pytest.approx((0.675 * 0.9 - 0.05, 0.675 * 0.9 + 0.05))
+        assert tuple(args.band_at(0.5)) == pytest.approx((0.75 * 0.9 - 0.05, 0.75 * 0.9 + 0.05))
     bonus = configs["adaptive_bonus"][1]
     assert bonus.use_adaptive_entropy and (bonus.entropy_coef_delta, bonus.entropy_coef_max) == (1e-3, 0.1)
     assert bonus.entropy_target == pytest.approx(0.9)
     (follower,) = next(callbacks for _, args, callbacks in trained if args is bonus)
     follower.on_step_begin(bonus, TrainerState(global_step=5, max_steps=10), None)
-    assert bonus.entropy_target == pytest.approx(0.675 * 0.9)
+    assert bonus.entropy_target == pytest.approx(0.75 * 0.9)
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -119,13 +119,8 @@ def test_measured_entropies_are_those_before_any_filter():
     assert comparison.measured_entropies(log) == [0.5, 0.6]
 
 
-def test_attributes_are_set_before_training_and_the_trained_policy_is_evaluated(short_task, monkeypatch):
+def test_the_trained_policy_is_evaluated(short_task, monkeypatch):
     seen = {}
-
-    class Notes(EntrocraftGRPOTrainer):
-        def train(self, *args, **kwargs):
-            seen["gain"] = self.graded_gain
-            return super().train(*args, **kwargs)
 
     def evaluate(model, tokenizer, task, **options):
         seen.update(model=model, options=options, task=task)
@@ -135,8 +130,7 @@ def test_attributes_are_set_before_training_and_the_trained_policy_is_evaluated(
     arguments = comparison.expression_arguments("run", max_steps=1, seed=6)
     args = EntrocraftGRPOConfig(**{**arguments, "per_device_train_batch_size": 8, "disable_tqdm": True})
     task = short_task._replace(reward=tiny.share_of_digits)  # right answers are too rare here to learn from in a step
-    run = comparison.train_and_evaluate(Notes, args, task, attributes={"graded_gain": 0.125})
-    assert seen["gain"] == 0.125 != EntrocraftGRPOTrainer.graded_gain
+    run = comparison.train_and_evaluate(EntrocraftGRPOTrainer, args, task)
     assert run.evaluation == {"mean@32": 0.25}
     assert seen["task"] is task and seen["options"]["seed"] == 6
     start = AutoModelForCausalLM.from_pretrained(short_task.policy)

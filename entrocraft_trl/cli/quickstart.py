@@ -37,11 +37,10 @@ def run(output_dir: Path, max_steps: int, seed: int) -> dict[str, Any]:
         `dict`: The content of `summary.json`.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     from .. import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from ..comparison import evaluate, expression_arguments, expression_task, train_and_evaluate
+    from ..comparison import evaluate_start, expression_arguments, expression_task, train_and_evaluate
     from ..plots import plot_comparison, save_figure
 
     transformers.logging.set_verbosity_error()
@@ -49,8 +48,7 @@ def run(output_dir: Path, max_steps: int, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     task = expression_task(seed)
     warmed_up = time.perf_counter()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(task.policy), AutoTokenizer.from_pretrained(task.policy)
-    evaluations = {"starting policy": evaluate(model, tokenizer, task, progress=True)}
+    evaluations = {"starting policy": evaluate_start(task, progress=True)}
     seconds = {"warm-up": warmed_up - start, "evaluation of the start": time.perf_counter() - warmed_up}
     logs = {}
     for number, (name, rule) in enumerate(ARMS.items(), 1):
