@@ -1,0 +1,117 @@
+"""Trains plain GRPO and Entrocraft under each rule, and notes every collective call that Python makes meanwhile."""
+
+from launching import start_worker, write_result
+
+
+folder = start_worker()
+
+import cases  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer  # noqa: E402
+
+
+COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "barrier",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+    "scatter_object_list",
+)
+calls: list[str] = []
+
+
+def note_calls(name: str) -> None:
+    original = getattr(torch.distributed, name)
+
+    def noting(*args, **kwargs):
+        # Of gathers, the last tensor is this rank's input; the others are room for the outputs.
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        calls.append(f"{name} {tensors[-1].numel()}" if tensors else name)
+        return original(*args, **kwargs)
+
+    setattr(torch.distributed, name, noting)
+
+
+class StepByStep:
+    """Makes each generation batch an entry of its own in `self.steps`; what the loss adds belongs to its batch."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps: list[list[str]] = []
+
+    def training_step(self, *args, **kwargs):
+        calls.clear()
+        loss = super().training_step(*args, **kwargs)
+        self.steps.append([*calls])
+        return loss
+
+
+class Plain(StepByStep, GRPOTrainer):
+    pass
+
+
+class Entrocraft(StepByStep, EntrocraftGRPOTrainer):
+    pass
+
+
+RULES = {
+    "advantage_sign": {},
+    "advantage_sign_zero_advantage": {"rejected_rollouts": "zero_advantage"},
+    "advantage_sign_reward": {"out_of_band_advantages": "reward", "reward_coding": "zero_one"},
+    "entropy_change_full": {"rejection_rule": "entropy_change", "rejection_strength": "full"},
+    "entropy_change_batch_mean": {
+        "rejection_rule": "entropy_change",
+        "rejection_strength": "full",
+        "entropy_change_baseline": "batch_mean",
+    },
+    "entropy_change_graded": {"rejection_rule": "entropy_change"},
+}
+
+
+def train(trainer_class, config_class, case: str, **settings):
+    arguments = {"entropy_band": cases.band_function(case)} if trainer_class is Entrocraft else {}
+    args = tiny.build_config(
+        config_class,
+        output_dir=str(folder / "run"),
+        max_steps=cases.STEPS,
+        num_generations=cases.ROWS,
+        per_device_train_batch_size=cases.ROWS // cases.RANKS,
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    trainer = tiny.build_trainer(
+        trainer_class,
+        args=args,
+        reward_funcs=cases.reward_function(case),
+        rollout_func=cases.rows_of_this_rank,
+        **arguments,
+    )
+    trainer.train()
+    return trainer
+
+
+if __name__ == "__main__":
+    for collective in COLLECTIVES:
+        note_calls(collective)
+    plain = train(Plain, GRPOConfig, "drop")
+    steps, accepted = {"plain": plain.steps}, {}
+    for rule, settings in RULES.items():
+        case = "nothing_accepted" if rule == "advantage_sign_reward" else "drop"
+        trainer = train(Entrocraft, EntrocraftGRPOConfig, case, entropy_unit="nats", **settings)
+        steps[rule] = trainer.steps
+        accepted[rule] = tiny.history(trainer, "entrocraft/accepted_rollouts")
+    write_result(trainer.accelerator, steps=steps, accepted=accepted)

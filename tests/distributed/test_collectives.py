@@ -1,0 +1,72 @@
+"""
+What entropy control adds to the communication of a generation batch: two sums of a handful of scalars.
+
+One sum makes the entropy reading, the other the counts of what was kept. The graded rule, which ranks the rollouts of
+all ranks by score, gathers one float per rollout besides.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import cases
+import pytest
+from launching import launch
+
+
+RULES = (
+    "advantage_sign",
+    "advantage_sign_zero_advantage",
+    "advantage_sign_reward",
+    "entropy_change_full",
+    "entropy_change_batch_mean",
+    "entropy_change_graded",
+)
+HANDFUL = 24  # numbers in both sums together; they are 18 now
+ROWS_OF_A_RANK = cases.ROWS // cases.RANKS
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return launch("cpu_ddp", Path(__file__).with_name("collectives_worker.py"), folder=tmp_path_factory.mktemp("run"))
+
+
+def added_calls(rank: dict, rule: str) -> list[Counter]:
+    """Collective calls of each step beyond those of plain GRPO, which must all be there as well."""
+    added = []
+    for step, plain in zip(rank["steps"][rule], rank["steps"]["plain"], strict=True):
+        assert not Counter(plain) - Counter(step)
+        added.append(Counter(step) - Counter(plain))
+    return added
+
+
+def sums_of(calls: Counter) -> list[int]:
+    return sorted(int(call.split()[1]) for call in calls.elements() if call.startswith("all_reduce "))
+
+
+@pytest.mark.parametrize("rule", ["plain", *RULES])
+def test_every_rank_makes_the_same_calls_in_the_same_order(ranks, rule):
+    assert ranks[0]["steps"][rule] == ranks[1]["steps"][rule]
+    assert len(ranks[0]["steps"][rule]) == cases.STEPS
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_small_sums_are_added_whatever_was_accepted(ranks, rule):
+    assert len(set(ranks[0]["accepted"][rule])) >= 2  # or "whatever was accepted" would say nothing
+    steps = added_calls(ranks[0], rule)
+    assert [len(sums_of(step)) for step in steps] == [2] * cases.STEPS
+    assert len({tuple(sums_of(step)) for step in steps}) == 1  # their sizes do not depend on the batch
+    assert sum(sums_of(steps[0])) <= HANDFUL
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_the_graded_rule_gathers_a_float_per_rollout(ranks, rule):
+    gathered = [
+        sorted(call for call in step.elements() if not call.startswith("all_reduce "))
+        for step in added_calls(ranks[0], rule)
+    ]
+    one_gather = [f"all_gather {ROWS_OF_A_RANK}"]
+    if rule == "entropy_change_graded":
+        # The fourth step is deep inside its band, where nothing can be rejected and nothing needs ranking.
+        assert gathered == [one_gather, one_gather, one_gather, [], one_gather, one_gather]
+    else:
+        assert gathered == [[]] * cases.STEPS

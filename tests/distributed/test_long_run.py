@@ -1,0 +1,32 @@
+"""Many steps under the filter on two ranks: flat memory, a complete log, a band that is followed, no drift."""
+
+import os
+from pathlib import Path
+from statistics import mean
+
+import launching
+
+
+STEPS = 5000 if os.environ.get("ENTROCRAFT_SOAK") else 150
+WORKER = Path(__file__).with_name("long_run.py")
+# What 4,000 further log records of some 40 numbers take, and the allocator's play. A batch of 32 rollouts that leaks
+# each step (ids, masks, log-probs: some 20 kB) would be 80 MB.
+GROWTH = 40.0  # MB
+
+
+def test_a_long_run_under_the_filter(tmp_path):
+    ranks = launching.launch("cpu_ddp", WORKER, STEPS, folder=tmp_path, limit=120 + 0.3 * STEPS)
+    first = ranks[0]
+    for rank in ranks:
+        assert rank["steps"] == list(range(1, STEPS + 1))  # each step logged, and once
+        assert rank["entropies"] == first["entropies"]
+        assert rank["directions"] == first["directions"]
+        assert rank["checksums"] == first["checksums"] and len(set(rank["checksums"])) == len(rank["checksums"])
+        settled = len(rank["memory"]) // 5
+        assert rank["memory"][-1] - rank["memory"][settled] < GROWTH, rank["memory"]
+    inside = mean(direction == 0 for direction in first["directions"][STEPS // 10 :])
+    print(
+        f"{STEPS} steps: {inside:.0%} inside, {mean(first['accepted']):.0%} accepted, memory {first['memory'][::10]}"
+    )
+    assert inside > 0.8
+    assert mean(first["accepted"]) < 0.99  # it was the filter that held it
