@@ -2,12 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig, RLOOConfig
 
-from . import schedule
+from . import checks, schedule
 
 
 ENTROPY_UNITS = ("initial", "nats")
@@ -198,20 +197,19 @@ class EntropyControlConfig:
             ("entropy_source", ENTROPY_SOURCES),
         ):
             value = getattr(self, name)
-            if value not in allowed:
+            if not isinstance(value, str) or value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
 
     def _check_band_fields(self):
-        self.entropy_low = _edge_values("entropy_low", self.entropy_low)
-        self.entropy_high = _edge_values("entropy_high", self.entropy_high)
+        self.entropy_low = checks.edge_values("entropy_low", self.entropy_low)
+        self.entropy_high = checks.edge_values("entropy_high", self.entropy_high)
+        self.entropy_knots = checks.knot_texts("entropy_knots", self.entropy_knots)
         if self.entropy_schedule in schedule.KNOT_SHAPES:
             if not self.entropy_knots:
                 raise ValueError(
                     f"entropy_schedule={self.entropy_schedule!r} needs entropy_knots, for instance "
                     f"['0:0.9:1.05', '1:0.2:0.3'], got {self.entropy_knots!r}."
                 )
-            if isinstance(self.entropy_knots, str):
-                self.entropy_knots = self.entropy_knots.split()
             try:
                 schedule.parse_knots(self.entropy_knots)
             except ValueError as error:
@@ -241,11 +239,19 @@ class EntropyControlConfig:
                             f"entropy_schedule='constant' takes one value per edge, got {name}={values}; give one "
                             "value, or choose 'linear' or 'cosine'."
                         )
-        steps = self.entropy_schedule_steps
-        if steps is not None and steps < 1:
-            raise ValueError(f"entropy_schedule_steps must be at least 1, got {steps}.")
+        if self.entropy_schedule_steps is not None:
+            steps = self.entropy_schedule_steps = checks.whole_number(
+                "entropy_schedule_steps", self.entropy_schedule_steps
+            )
+            if steps < 1:
+                raise ValueError(f"entropy_schedule_steps must be at least 1, got {steps}.")
 
     def _check_rejection_fields(self):
+        weights = self.reward_weights
+        if weights is not None and not all(math.isfinite(weight) for weight in weights):
+            # TRL's sum over functions leaves NaN out: a NaN weight would silently train on rewards of 0.
+            raise ValueError(f"reward_weights must be finite, got {weights}.")
+        self.min_accepted_share = checks.number("min_accepted_share", self.min_accepted_share)
         if not 0.0 <= self.min_accepted_share <= 1.0:
             raise ValueError(f"min_accepted_share must lie in 0..1, got {self.min_accepted_share}.")
         if self.rejection_rule == "entropy_change" and self.entropy_source == "sampling":
@@ -291,20 +297,6 @@ class EntropyControlConfig:
             high=self.entropy_high,
             knots=schedule.parse_knots(self.entropy_knots or ()),
         )
-
-
-def _edge_values(name: str, value: float | Sequence[float]) -> list[float]:
-    """One or two finite, non-negative floats, also from a scalar or from strings (YAML reads `1e-1` as a string)."""
-    values = [value] if isinstance(value, (int, float, str)) else list(value)
-    try:
-        values = [float(edge) for edge in values]
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must hold numbers, got {value!r}.") from None
-    if len(values) not in (1, 2):
-        raise ValueError(f"{name} takes one value or two (start, end), got {len(values)}: {value!r}.")
-    if any(not math.isfinite(edge) or edge < 0 for edge in values):
-        raise ValueError(f"{name} must be finite and not negative, got {values}.")
-    return values
 
 
 @dataclass

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import glob
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .broken_files import check_csv_headers, find_fault
 
 
 if TYPE_CHECKING:
@@ -38,20 +41,34 @@ def load_rows(
     from datasets import load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
+    files: list[str] = []
     try:
         if (Path(name) / "dataset_info.json").exists() or (Path(name) / "dataset_dict.json").exists():
             saved = load_from_disk(name)  # written by `save_to_disk`
             return saved[split] if isinstance(saved, dict) else saved
         files = _local_files(name)
         if files:
-            builder = BUILDERS[Path(files[0]).suffix.lower()]
-            return load_dataset(builder, data_files=files, split=split, streaming=streaming)
+            return _load_files(files, split, streaming)
         return load_dataset(name, config, split=split, streaming=streaming)
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
+    except (DatasetsError, OSError, ValueError, KeyError, StopIteration) as error:  # the last for an empty file
         cause = error
         while cause.__cause__ is not None:  # `datasets` wraps the parser's message, which says what is wrong
             cause = cause.__cause__
-        raise ValueError(f"cannot load split {split!r} of data set {name!r}: {cause}") from error
+        what = find_fault(files) or cause
+        raise ValueError(f"cannot load split {split!r} of data set {name!r}: {what}") from error
+
+
+def _load_files(files: list[str], split: str, streaming: bool) -> Dataset | IterableDataset:
+    from datasets import load_dataset
+
+    builder = BUILDERS[Path(files[0]).suffix.lower()]
+    if builder == "csv":
+        check_csv_headers(files)
+    rows = load_dataset(builder, data_files=files, split=split, streaming=streaming)
+    if builder == "json" and not streaming:
+        # The JSON reader lets bytes pass that are no UTF-8, which would end the run when that row is drawn.
+        rows.data.validate(full=True)
+    return rows
 
 
 def _local_files(name: str) -> list[str]:
@@ -139,6 +156,14 @@ class PromptFormat:
             isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
         ):
             raise ValueError(f"{where}: a prompt is text or a list of messages with role and content, got {value!r}")
+        for message in value:
+            if not isinstance(message["role"], str):
+                raise ValueError(f"{where}: a message's role must be text, got {message!r}")
+            # An assistant's message that only calls a tool has no content.
+            if not isinstance(message["content"], (str, list)) and not message.get("tool_calls"):
+                raise ValueError(f"{where}: a message's content must be text or a list of parts, got {message!r}")
+        if not any(message["content"] for message in value):
+            raise ValueError(f"{where}: the prompt is empty ({value!r})")
         if not self.conversational or self.prompt_template is not None:
             raise ValueError(
                 f"{where} holds chat messages, which prompt_format='text' and prompt_template cannot edit"
@@ -150,7 +175,8 @@ class PromptFormat:
 
     def _solution(self, value: Any, index: int) -> str:
         where = f"row {index}, column {self.answer_column!r}"
-        if value is None or not str(value).strip():
+        # NaN is how CSV and Parquet files give a number that is missing.
+        if value is None or value != value or not str(value).strip():
             raise ValueError(f"{where}: the answer is empty ({value!r})")
         text = str(value)
         if self.answer_after is not None:
@@ -193,7 +219,7 @@ def prepare_rows(
     if first is None:
         raise ValueError("the data set is empty")
     for column in filter(None, (form.prompt_column, form.answer_column)):
-        _check_column(column, list(first))
+        check_column(column, list(first))
     form.row(first, 0)
     if not isinstance(rows, Dataset):
         return rows.map(form.row, with_indices=True)
@@ -205,7 +231,7 @@ def prepare_rows(
     return concatenate_datasets([table, rows.select_columns(kept)], axis=1) if kept else table
 
 
-def _check_column(column: str, columns: Sequence[str]) -> None:
+def check_column(column: str, columns: Sequence[str]) -> None:
     if column not in columns:
         raise ValueError(f"the data set has no column {column!r}; its columns are: {', '.join(columns)}")
 
@@ -226,4 +252,11 @@ def drop_long_prompts(
     kept = [index for index, prompt in enumerate(rows["prompt"]) if count_tokens(prompt) <= max_length]
     if not kept:
         raise ValueError(f"every prompt is longer than max_prompt_length={max_length} tokens")
-    return rows if len(kept) == len(rows) else rows.select(kept)
+    if len(kept) == len(rows):
+        return rows
+    warnings.warn(
+        f"{len(rows) - len(kept)} of {len(rows)} rows left out: their prompts are longer than "
+        f"max_prompt_length={max_length} tokens",
+        stacklevel=2,
+    )
+    return rows.select(kept)

@@ -48,6 +48,38 @@ def sampling_entropy_sums(logps: torch.Tensor, mask: torch.Tensor, aggregation: 
     return entropy_sums(-logps, scored, aggregation)
 
 
+def unreadable_counts(readings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    How much of a batch cannot be read: rollouts with NaN or an infinity on a loss token, all rollouts, loss tokens.
+
+    Args:
+        readings, mask (`torch.Tensor` of shape `(B, T)`): What is read of each token, and 1 on loss tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(3,)`, float32; add them up over ranks.
+    """
+    mask = mask.bool()
+    broken = (mask & ~torch.isfinite(readings)).any(dim=1)
+    return torch.stack([broken.sum(), torch.tensor(len(mask), device=mask.device), mask.sum()]).float()
+
+
+def refusal(source: str, step: int, unreadable: float, rollouts: float, tokens: float) -> str:
+    """Why a step without a finite entropy is refused, and what to do."""
+    start = f"The policy's entropy over the generation batch at step {step} is not finite: "
+    if source == "sampling":
+        found = (
+            f"the rollout engine returned infinite log-probs in {unreadable:.0f} of {rollouts:.0f} rollouts"
+            if unreadable
+            else f"the rollout engine returned NaN as the log-prob of all {tokens:.0f} loss tokens"
+        )
+    else:
+        found = (
+            f"the model returns NaN or infinite logits in {unreadable:.0f} of {rollouts:.0f} rollouts (a vocabulary "
+            "masked with -inf counts too)"
+        )
+    return f"{start}{found}. The step was refused; lower the learning rate or resume from an earlier checkpoint."
+
+
 @contextmanager
 def eval_mode(model: torch.nn.Module):
     """

@@ -1,7 +1,8 @@
 """What entropy control remembers between steps, saved in each checkpoint's `trainer_state.json`."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -26,6 +27,60 @@ class ControlMemory:
     failure_reported: bool = False
 
 
+# What a field may hold, in words and as a check. A batch's entropy can be a rounding error below zero.
+_ENTROPY = ("an entropy in nats", lambda value: value is None or (_is_number(value) and value > -1e-3))
+_COUNT = ("a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
+_RULES = {
+    "initial_entropy": _ENTROPY,
+    "horizon": ("a number of steps of at least 1", lambda value: value is None or (_is_whole(value) and value >= 1)),
+    "empty_steps": _COUNT,
+    "change_offset": ("a number in -1..1", lambda value: _is_number(value) and -1 <= value <= 1),
+    "last_entropy": _ENTROPY,
+    "last_direction": ("-1, 0 or 1", lambda value: _is_whole(value) and value in (-1, 0, 1)),
+    "steps_outside": _COUNT,
+    "distance_at_exit": ("a distance in nats", lambda value: _is_number(value) and value >= 0),
+    "failure_reported": ("true or false", lambda value: isinstance(value, bool)),
+}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def read_memory(numbers: Any) -> ControlMemory:
+    """
+    The memory that `trainer_state.json` holds.
+
+    Raises:
+        ValueError: Naming the field that is foreign, missing, or holds what this package never writes there. A run
+            that took a default in its place would go on in another band.
+    """
+    if not isinstance(numbers, dict):
+        raise ValueError(f"trainer_state.json holds an unreadable entropy-control state: {numbers!r}")
+    for name, value in numbers.items():
+        if name not in _RULES:
+            raise ValueError(
+                f"trainer_state.json holds the unknown field {name}={value!r} in the entropy-control state; another "
+                "version of entrocraft_trl wrote it."
+            )
+        wanted, is_right = _RULES[name]
+        if not is_right(value):
+            raise ValueError(
+                f"trainer_state.json holds {name}={value!r} in the entropy-control state, where {wanted} is needed."
+            )
+    for name in _RULES:
+        if name not in numbers:
+            raise ValueError(
+                f"trainer_state.json holds no {name} in the entropy-control state; another version of entrocraft_trl "
+                "wrote it."
+            )
+    return ControlMemory(**numbers)
+
+
 class EntropyControlState(TrainerCallback, ExportableState):
     """
     Carries a [`ControlMemory`] into and out of `trainer_state.json`, the file that also holds the optimizer step.
@@ -34,7 +89,7 @@ class EntropyControlState(TrainerCallback, ExportableState):
     """
 
     def __init__(self, memory: dict | None = None):
-        self.memory = ControlMemory(**(memory or {}))
+        self.memory = ControlMemory() if memory is None else read_memory(memory)
 
     def state(self) -> dict:
         return {"args": {"memory": asdict(self.memory)}, "attributes": {}}
@@ -50,7 +105,11 @@ class EntropyControlState(TrainerCallback, ExportableState):
                 "perhaps): the initial entropy is measured now and the schedule's horizon is this run's."
             )
         else:
-            self.memory = self._read(saved)
+            try:
+                numbers = saved["args"]["memory"]
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"trainer_state.json holds an unreadable entropy-control state: {error}") from None
+            self.memory = read_memory(numbers)
             if self.memory.horizon not in (None, state.max_steps) and args.entropy_schedule_steps is None:
                 logger.warning(
                     f"max_steps is now {state.max_steps}, but the entropy schedule keeps the horizon of "
@@ -58,21 +117,3 @@ class EntropyControlState(TrainerCallback, ExportableState):
                 )
         # transformers reads this key when it saves; a checkpoint of a plain TRL run does not have it.
         state.stateful_callbacks[name] = self.state()
-
-    @staticmethod
-    def _read(saved: dict) -> ControlMemory:
-        """
-        Raises:
-            ValueError: If the saved numbers are missing, foreign, or not finite.
-        """
-        try:
-            memory = ControlMemory(**saved["args"]["memory"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"trainer_state.json holds an unreadable entropy-control state: {error}") from None
-        for field in fields(memory):
-            value = getattr(memory, field.name)
-            if value is None and field.default is None:
-                continue
-            if not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"trainer_state.json holds {field.name}={value!r} in the entropy-control state.")
-        return memory
