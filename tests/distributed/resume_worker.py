@@ -1,0 +1,131 @@
+"""
+Two ranks: a whole run, then runs that stop, are stopped by a signal to one rank, and find files missing or broken.
+
+Checkpoints after steps 3 and 6; a generation batch serves two steps and a log line covers four, so that the one after
+step 3 is in the middle of both. Weights are compared as saved in `checkpoint-6`.
+"""
+
+from launching import start_worker, write_result
+
+
+folder = start_worker()
+
+import logging  # noqa: E402
+import os  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+
+import tiny  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from entrocraft_trl.checkpoint import list_checkpoints  # noqa: E402
+
+
+RANK = int(os.environ["RANK"])
+CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+messages: list[str] = []
+
+
+class Keep(logging.Handler):
+    def emit(self, record):
+        messages.append(record.getMessage())
+
+
+class SignalAt(TrainerCallback):
+    """SIGTERM to one rank only, in the middle of step 3."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2 and RANK == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def build(name, *callbacks, **settings):
+    defaults = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "logging_steps": 4, "max_steps": 6}
+    args = tiny.build_config(
+        output_dir=str(folder / name),
+        **{**defaults, "optim": "adamw_torch", "learning_rate": 0.02, "dataloader_pin_memory": False, **settings},
+        **{"save_strategy": "steps", "save_steps": 3, "rejection_rule": "entropy_change"},
+        **{"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]},
+    )
+    return tiny.build_trainer(args=args, train_dataset=tiny.build_dataset(64), callbacks=list(callbacks))
+
+
+def train(name, resume=None, *callbacks, **settings) -> dict:
+    """One run; what it logged and remembers, how it ended, and what it warned of."""
+    messages.clear()
+    trainer = build(name, *callbacks, **settings)
+    ended = "whole"
+    try:
+        trainer.train(resume_from_checkpoint=str(folder / resume) if isinstance(resume, str) else resume)
+    except SystemExit as stop:
+        ended = f"exit {stop.code}"
+    except ValueError as error:
+        if name != "broken-resumed":
+            raise
+        ended = f"ValueError: {error}"
+    log = [{key: value for key, value in line.items() if key not in CLOCK} for line in trainer.state.log_history]
+    return {
+        "ended": ended,
+        "log": log,
+        "memory": vars(trainer.control_memory),
+        "warnings": [message for message in messages if "Resuming as TRL" in message or "not complete" in message],
+        "handler_is_back": signal.getsignal(signal.SIGTERM) is signal.SIG_DFL,
+    }
+
+
+def difference(name, other="whole") -> float:
+    """Largest difference of the weights in `checkpoint-6` of two runs."""
+    first, second = (load_file(folder / run / "checkpoint-6" / "model.safetensors") for run in (name, other))
+    assert first.keys() == second.keys() and first
+    return max((first[key] - second[key]).abs().max().item() for key in first)
+
+
+def on_main(action) -> None:
+    """Change files on one rank, between two barriers."""
+    torch.distributed.barrier()
+    if RANK == 0:
+        action()
+    torch.distributed.barrier()
+
+
+def copy(name) -> None:
+    on_main(lambda: shutil.copytree(folder / "whole" / "checkpoint-3", folder / name / "checkpoint-3"))
+
+
+logging.getLogger("entrocraft_trl.resume").addHandler(Keep())
+outcomes = {"whole": train("whole"), "resumed": train("resumed", "whole/checkpoint-3")}
+differences = {"resumed": difference("resumed")}
+
+outcomes["signalled"] = train("signalled", None, SignalAt())
+checkpoints = list_checkpoints(folder / "signalled")
+outcomes["signalled, resumed"] = train("signalled", True)
+differences["signalled"] = difference("signalled")
+
+# Rank 1's file is lost: both ranks go on as TRL does.
+copy("lost")
+on_main((folder / "lost" / "checkpoint-3" / "entrocraft_rank_1.pt").unlink)
+outcomes["lost"] = train("lost-resumed", "lost/checkpoint-3")
+# Rank 1's file is broken: both ranks say so.
+on_main(lambda: (folder / "lost" / "checkpoint-3" / "entrocraft_rank_1.pt").write_bytes(b"broken"))
+outcomes["broken"] = train("broken-resumed", "lost/checkpoint-3")
+# A file of rank 1 is cut off in the newest checkpoint: both ranks take the one before.
+copy("half")
+on_main(lambda: shutil.copytree(folder / "whole" / "checkpoint-6", folder / "half" / "checkpoint-6"))
+last_file = sorted((folder / "half" / "checkpoint-6").rglob("*rank_1*.pt"))  # of the optimizer, under ZeRO
+half = last_file[-1] if last_file[-1].name != "entrocraft_rank_1.pt" else folder / "half/checkpoint-6/rng_state_1.pth"
+on_main(lambda: half.write_bytes(half.read_bytes()[:-1]))
+outcomes["half"] = train("half", True)
+differences["half"] = difference("half")
+
+trainer = build("last")
+write_result(
+    trainer.accelerator,
+    outcomes=outcomes,
+    differences=differences,
+    checkpoints=[f"{step}: {reason}" for step, reason in checkpoints.items()],
+    half=half.name,
+    files=sorted(path.name for path in (folder / "whole" / "checkpoint-3").iterdir()),
+)
+trainer.end()

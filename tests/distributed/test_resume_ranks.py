@@ -1,0 +1,59 @@
+"""Exact resume, SIGTERM to one rank, and files of one rank lost or broken: two ranks, on every backend."""
+
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+
+WORKER = Path(__file__).with_name("resume_worker.py")
+
+
+@pytest.fixture(scope="module", params=["cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"])
+def ranks(request, tmp_path_factory):
+    return launch(request.param, WORKER, folder=tmp_path_factory.mktemp(request.param), limit=300)
+
+
+def test_resumed_run_is_the_uninterrupted_run(ranks):
+    for rank in ranks:
+        whole, resumed = rank["outcomes"]["whole"], rank["outcomes"]["resumed"]
+        assert [line["step"] for line in whole["log"]] == [4, 6]
+        assert resumed["log"] == whole["log"]
+        assert resumed["memory"] == whole["memory"]
+        assert resumed["warnings"] == []
+        assert rank["differences"]["resumed"] == 0.0
+    assert ranks[0]["outcomes"]["whole"]["log"] == ranks[1]["outcomes"]["whole"]["log"]
+
+
+def test_signal_to_one_rank_stops_both_together(ranks):
+    for rank in ranks:
+        signalled, resumed = rank["outcomes"]["signalled"], rank["outcomes"]["signalled, resumed"]
+        assert signalled["ended"] == "exit 143"
+        assert signalled["handler_is_back"]
+        assert rank["checkpoints"] == ["3: None"]
+        assert resumed["log"] == rank["outcomes"]["whole"]["log"]
+        assert resumed["memory"] == rank["outcomes"]["whole"]["memory"]
+        assert rank["differences"]["signalled"] == 0.0
+
+
+def test_lost_file_of_one_rank_makes_both_resume_as_trl_does(ranks):
+    assert "Resuming as TRL does, not exactly: entrocraft_rank_1.pt" in ranks[0]["outcomes"]["lost"]["warnings"][0]
+    first, second = (rank["outcomes"]["lost"] for rank in ranks)
+    assert first["ended"] == second["ended"] == "whole"
+    assert first["log"] == second["log"]
+    assert first["log"] != ranks[0]["outcomes"]["whole"]["log"]  # otherwise the files would do nothing
+
+
+def test_broken_file_of_one_rank_ends_both_with_its_name(ranks):
+    for rank in ranks:
+        assert rank["outcomes"]["broken"]["ended"].startswith("ValueError")
+        assert "entrocraft_rank_1.pt cannot be read" in rank["outcomes"]["broken"]["ended"]
+
+
+def test_half_written_file_of_one_rank_makes_a_checkpoint_incomplete(ranks):
+    (warning,) = ranks[0]["outcomes"]["half"]["warnings"]
+    assert "checkpoint-6 is not complete" in warning and ranks[0]["half"] in warning
+    assert "resuming from checkpoint-3" in warning
+    for rank in ranks:
+        assert rank["outcomes"]["half"]["log"] == rank["outcomes"]["whole"]["log"]
+        assert rank["differences"]["half"] == 0.0
