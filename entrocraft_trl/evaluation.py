@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .sampling import encode_prompt, sample_completions, sample_prompts
+
+
+__all__ = [
+    "default_ks",
+    "evaluate_policy",
+    "pass_at_k",
+    "right_by_prompt",
+    "sample_completions",
+    "summarise",
+]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -82,132 +92,27 @@ def summarise(
     return summary
 
 
-@torch.no_grad()
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    n: int,
-    *,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-    measure_entropy: bool,
-) -> tuple[list[list[str]], float | None]:
-    """Completions `(P, n)` and, on demand, the mean token entropy at temperature 1 in nats."""
-    if n < 1 or batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"`n`, `batch_size` and `max_new_tokens` must be at least 1, got {n}, {batch_size} and {max_new_tokens}."
-        )
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
-    device = model.device
-    eos = torch.tensor(tokenizer.eos_token_id, device=device)
-    rows = [prompt for prompt in prompts for _ in range(n)]
-    texts: list[str] = []
-    entropy_sum, token_count = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        # The generator of the current device is forked too, so that an evaluation during training changes no rollout.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            bar = tqdm(total=len(rows), desc="Sampling", unit="completion", disable=not progress)
-            for start in range(0, len(rows), batch_size):
-                batch = tokenizer(
-                    rows[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt"
-                ).to(device)
-                prompt_length = batch["input_ids"].shape[1]
-                ids = model.generate(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    do_sample=True,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                )
-                completions = ids[:, prompt_length:]  # (B, T)
-                texts.extend(tokenizer.batch_decode(completions, skip_special_tokens=True))
-                if measure_entropy:
-                    # Up to and with the first end of sequence: what follows is padding.
-                    ended = (completions == eos).cumsum(dim=1)
-                    mask = (ended - (completions == eos).long()) == 0  # (B, T)
-                    attention_mask = torch.cat([batch["attention_mask"], mask.long()], dim=1)
-                    logits = model(input_ids=ids, attention_mask=attention_mask).logits
-                    logps = logits[:, prompt_length - 1 : -1].float().log_softmax(dim=-1)  # (B, T, V)
-                    entropies = -(logps.exp() * logps).sum(dim=-1)  # (B, T)
-                    entropy_sum += entropies[mask].sum().item()
-                    token_count += int(mask.sum())
-                bar.update(len(batch["input_ids"]))
-            bar.close()
-    finally:
-        model.train(was_training)
-    completions_by_prompt = [texts[i : i + n] for i in range(0, len(texts), n)]
-    return completions_by_prompt, entropy_sum / token_count if token_count else None
+def default_ks(n: int) -> list[int]:
+    """Values of `k` for pass@k with `n` samples a prompt: the powers of two below `n`, and `n`."""
+    return sorted({2**power for power in range(n.bit_length()) if 2**power < n} | {n})
 
 
-def sample_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    n: int,
-    *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = True,
-) -> list[list[str]]:
+def right_by_prompt(rewards: Sequence[float | None], n: int, threshold: float = 0.5) -> list[list[bool]]:
     """
-    Sample `n` completions for each prompt with `model.generate`, on the model's device.
-
-    The model's mode (training or evaluation) and the global random state are as before afterwards. The completions
-    depend on the seed and on `batch_size`.
+    Which samples are right, `(P, n)`: those with a reward above `threshold`. None or NaN, no reward, counts as wrong.
 
     Args:
-        model (`PreTrainedModel`): Causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with a pad and an end-of-sequence token. Prompts are
-            padded on the left.
-        prompts (`Sequence[str]`): Prompts, `(P,)`.
-        n (`int`): Completions for each prompt.
-        temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature, above zero.
-        top_p (`float`, *optional*, defaults to `1.0`): Nucleus sampling; `1.0` is off.
-        top_k (`int`, *optional*, defaults to `0`): Top-k sampling; `0` is off.
-        max_new_tokens (`int`): Longest completion, in tokens.
-        batch_size (`int`, *optional*, defaults to `64`): Completions generated at once.
-        seed (`int`, *optional*, defaults to `0`): Seed of the sampling.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `list[list[str]]`: completions without special tokens, `(P, n)`.
+        rewards (`Sequence[float | None]`): Rewards of `P` prompts with `n` samples each, prompt by prompt, `(P * n,)`.
+        n (`int`): Samples for each prompt.
+        threshold (`float`, *optional*, defaults to `0.5`): What a reward has to exceed.
 
     Raises:
-        `ValueError`: if `n`, `batch_size` or `max_new_tokens` is below 1, or the temperature is not positive.
+        `ValueError`: if the rewards do not make up whole prompts.
     """
-    completions, _ = _generate(
-        model,
-        tokenizer,
-        prompts,
-        n,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-        measure_entropy=False,
-    )
-    return completions
+    if len(rewards) % n:
+        raise ValueError(f"{len(rewards)} rewards are not a whole number of prompts with n={n} samples each.")
+    right = [reward is not None and reward > threshold for reward in rewards]
+    return [right[start : start + n] for start in range(0, len(right), n)]
 
 
 def evaluate_policy(
@@ -256,10 +161,10 @@ def evaluate_policy(
     """
     ks = (n,) if ks is None else ks
     prompts = list(dataset["prompt"])
-    completions, entropy = _generate(
+    samples = sample_prompts(
         model,
         tokenizer,
-        prompts,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
         n,
         temperature=temperature,
         top_p=top_p,
@@ -273,11 +178,13 @@ def evaluate_policy(
     columns = {
         name: [value for value in dataset[name] for _ in range(n)] for name in dataset.column_names if name != "prompt"
     }
-    flat = [text for texts in completions for text in texts]
-    rewards = reward_func(prompts=[prompt for prompt in prompts for _ in range(n)], completions=flat, **columns)
+    flat = [sample for row in samples for sample in row]
+    rewards = reward_func(
+        prompts=[prompt for prompt in prompts for _ in range(n)], completions=[s.text for s in flat], **columns
+    )
     if len(rewards) != len(flat):
         raise ValueError(f"The reward function returned {len(rewards)} rewards for {len(flat)} completions.")
-    right = [reward is not None and reward > threshold for reward in rewards]
-    correct = [right[i : i + n] for i in range(0, len(right), n)]
-    answers = [[canonical(text) for text in texts] for texts in completions]
+    correct = right_by_prompt(rewards, n, threshold)
+    answers = [[canonical(sample.text) for sample in row] for row in samples]
+    entropy = sum(sample.entropy_sum for sample in flat) / sum(len(sample.ids) for sample in flat)
     return {**summarise(correct, answers, ks), "entropy": entropy}

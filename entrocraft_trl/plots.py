@@ -179,6 +179,31 @@ def plot_schedule(
     return figure
 
 
+def plot_pass_at_k(curves: Mapping[str, Mapping[int, float]], title: str | None = None) -> Figure:
+    """
+    Share of prompts solved by at least one of `k` samples, against `k` on a logarithmic axis.
+
+    Args:
+        curves (`Mapping[str, Mapping[int, float]]`):
+            Name of each policy and its pass@k, `{k: share}`.
+        title (`str`, *optional*):
+            Heading.
+    """
+    figure = Figure(figsize=(6.4, 3.6), dpi=DPI, layout="constrained")
+    axis = figure.subplots()
+    ks = sorted({k for curve in curves.values() for k in curve})
+    for index, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        axis.plot(sorted(curve), [curve[k] for k in sorted(curve)], marker="o", color=colour, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ks, [str(k) for k in ks])
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xlabel("k (samples per prompt)")
+    _finish(axis, "pass@k")
+    _legend(axis, title)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """Write a figure, making its folder; the suffix says the format. Returns the path."""
     path = Path(path)

@@ -1,0 +1,297 @@
+"""`entrocraft eval`: mean@k, pass@k, distinct right answers and token entropy of a model or an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import CommandError, user_errors
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..sampling import Sample
+
+    # Samples (B, n) of B prompts of token ids, with a seed.
+    Sampler = Callable[[list[list[int]], int], list[list[Sample]]]
+
+# Completions sampled at once: what fits beside a model of a few billion parameters, and what keeps vLLM busy.
+BATCH_SIZE, VLLM_BATCH_SIZE = 32, 1024
+# Where results go and what is thrown away; every other option is part of the settings that samples depend on.
+OUTPUT_OPTIONS = ("output_dir", "overwrite")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise CommandError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this command. Data and rewards are named as for `entrocraft train`."""
+    parser = _Parser(
+        prog="entrocraft eval",
+        description="Sample n completions for every prompt of a data set, score them, and write samples.jsonl, "
+        "summary.json and pass_at_k.png. Started again with the same settings, it continues after the finished "
+        "prompts.",
+        epilog="The sampling defaults (32 samples at temperature 0.6, top-p 0.95, top-k 20, up to 3072 tokens) are "
+        "those of the paper's evaluation. A completion is right if its reward is above 0.5.",
+        allow_abbrev=False,
+    )
+
+    def option(name: str, help: str, **settings: Any) -> None:
+        parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), help=help, **settings)
+
+    option("model", "Hub name or folder of a model, or of a LoRA adapter", required=True)
+    option("model_revision", "branch, tag or commit of the model", default="main")
+    option("trust_remote_code", "run model code from the Hub", action="store_true")
+    option("dtype", "weights' type: auto (as saved), bfloat16, float16, float32", default="auto")
+    option("dataset", "Hub name, or local file or folder", required=True)
+    option("dataset_config", "configuration of a data set on the Hub")
+    option("dataset_split", "split, also with a slice (default: test, or train for a local file)")
+    option("prompt_column", "column of the question: text or chat messages", default="prompt")
+    option("answer_column", "column of the reference answer, which accuracy rewards read as `solution`")
+    option("answer_after", "keep what follows the last occurrence of this text in the answer ('####' for GSM8K)")
+    option("system_prompt", "system message")
+    option("prompt_template", "text with {prompt} where the question goes")
+    option(
+        "prompt_format",
+        "chat messages or text; auto: messages when the tokenizer has a chat template",
+        default="auto",
+        choices=["auto", "conversational", "text"],
+    )
+    option("chat_template_kwargs", "JSON for the chat template, as '{\"enable_thinking\": false}'", default="{}")
+    option("max_samples", "use this many rows, from the start", type=int)
+    option("reward", "one of TRL's rewards, or module:function", default="accuracy_reward")
+    option("n", "completions for each prompt", type=int, default=32)
+    option("temperature", "sampling temperature", type=float, default=0.6)
+    option("top_p", "nucleus sampling; 1 is off", type=float, default=0.95)
+    option("top_k", "top-k sampling; 0 is off", type=int, default=20)
+    option("max_new_tokens", "longest completion", type=int, default=3072)
+    option("seed", "seed of the sampling", type=int, default=0)
+    option("batch_size", f"completions sampled at once (default: {BATCH_SIZE}, vLLM: {VLLM_BATCH_SIZE})", type=int)
+    option("use_vllm", "sample with vLLM (extra `vllm`); it measures no entropy", action="store_true")
+    option("output_dir", "folder for the results", default="runs/eval")
+    option("overwrite", "start anew instead of continuing", action="store_true")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the command: sample what is missing, score it, and write the results."""
+    from ..sample_file import append_samples, resume_samples
+
+    with user_errors():
+        args = make_parser().parse_args(argv)
+        _check(args)
+        tokenizer, adapter = _load_tokenizer(args)
+        rows, reward = _data(args, tokenizer)
+        settings = _settings(args, rows)
+        block = max(1, args.batch_size // args.n)
+        file = Path(args.output_dir) / "samples.jsonl"
+        if args.overwrite:
+            file.unlink(missing_ok=True)
+        records = _resume(resume_samples, file, settings, block)
+    if records:
+        print(f"continuing after {len(records)} of {len(rows)} prompts in {file}", flush=True)
+    if len(records) < len(rows):
+        with user_errors():
+            sampler = (_vllm_sampler if args.use_vllm else _transformers_sampler)(args, tokenizer, adapter)
+        _sample_missing(rows, records, block, tokenizer, sampler, reward, args, lambda new: append_samples(file, new))
+    _write_results(args, settings, records)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CommandError(
+            "eval runs as one process; start it without a launcher (vLLM and transformers use all GPUs)"
+        )
+    for name in ("n", "max_new_tokens", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name} must be at least 1, got {value}")
+    if not args.temperature > 0:
+        raise CommandError(f"--temperature must be positive, got {args.temperature}")
+    if not 0 < args.top_p <= 1:
+        raise CommandError(f"--top_p must lie above 0 and at most at 1, got {args.top_p}")
+    if args.top_k < 0:
+        raise CommandError(f"--top_k must not be negative, got {args.top_k}")
+    try:
+        args.chat_template_kwargs = dict(json.loads(args.chat_template_kwargs))
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"--chat_template_kwargs must be a JSON object: {error}") from error
+    args.batch_size = args.batch_size or (VLLM_BATCH_SIZE if args.use_vllm else BATCH_SIZE)
+
+
+def _resume(resume_samples: Callable, file: Path, settings: dict, block: int) -> list[dict[str, Any]]:
+    try:
+        return resume_samples(file, settings, block)
+    except ValueError as error:
+        raise CommandError(f"{error}. Choose another --output_dir, or start anew with --overwrite") from error
+
+
+# ------------------------------------------------------------------------------------------------------ model and data
+
+
+def _load_tokenizer(args: argparse.Namespace):
+    """The tokenizer, and the adapter's config if the model is an adapter."""
+    from peft import PeftConfig
+    from transformers import AutoTokenizer
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        adapter = None
+        if find_adapter_config_file(args.model, revision=args.model_revision):
+            adapter = PeftConfig.from_pretrained(args.model, revision=args.model_revision)
+        try:
+            options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+            return AutoTokenizer.from_pretrained(args.model, **options), adapter
+        except (OSError, ValueError):
+            if adapter is None:
+                raise
+            # Adapters are often saved without a tokenizer: it is the base model's.
+            options["revision"] = adapter.revision
+            return AutoTokenizer.from_pretrained(adapter.base_model_name_or_path, **options), adapter
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of model {args.model!r}: {error}") from error
+
+
+def _data(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Callable]:
+    from ..data import BUILDERS, PromptFormat, load_rows, prepare_rows
+    from ..rewards import check_reward_columns, load_reward
+
+    if args.prompt_format == "conversational" and tokenizer.chat_template is None:
+        raise CommandError("--prompt_format conversational needs a chat template, which the tokenizer does not have")
+    form = PromptFormat(
+        prompt_column=args.prompt_column,
+        answer_column=args.answer_column,
+        answer_after=args.answer_after,
+        system_prompt=args.system_prompt,
+        prompt_template=args.prompt_template,
+        conversational=args.prompt_format != "text" and tokenizer.chat_template is not None,
+    )
+    is_file = Path(args.dataset).suffix.lower() in BUILDERS  # a file has one split, "train"
+    split = args.dataset_split or ("train" if is_file else "test")
+    rows = prepare_rows(load_rows(args.dataset, split, args.dataset_config), form, args.max_samples)
+    reward = load_reward(args.reward)
+    check_reward_columns([reward], rows.column_names)
+    return rows, reward
+
+
+def _settings(args: argparse.Namespace, rows: Dataset) -> dict[str, Any]:
+    """What the samples depend on: the options, the rows, and the weights in a local folder."""
+    settings = {name: value for name, value in vars(args).items() if name not in OUTPUT_OPTIONS}
+    content = json.dumps([rows[name] for name in ("prompt", "solution") if name in rows.column_names], default=str)
+    settings["prompts"] = len(rows)
+    settings["data_digest"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    folder = Path(args.model)
+    if folder.is_dir():
+        # By size and time, since reading gigabytes of weights would take longer than some evaluations.
+        files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+        state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        settings["weights_digest"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    return settings
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+
+
+def _transformers_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
+    import torch
+    import transformers
+
+    from ..sampling import sample_prompts
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(  # an adapter's base model is found and loaded too
+        args.model,
+        revision=args.model_revision,
+        trust_remote_code=args.trust_remote_code,
+        dtype=args.dtype,
+        device_map="auto" if torch.accelerator.is_available() else None,
+    )
+
+    def sample(prompts: list[list[int]], seed: int) -> list[list[Sample]]:
+        more = {"batch_size": args.batch_size, "seed": seed, "measure_entropy": True}
+        return sample_prompts(model, tokenizer, prompts, args.n, **_sampling(args), **more)
+
+    return sample
+
+
+def _vllm_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
+    from ..sampling import sample_prompts_with_vllm
+
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise CommandError("--use_vllm needs vLLM: pip install 'entrocraft_trl[vllm]', or leave it out") from error
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
+    if adapter is None:
+        llm = LLM(model=args.model, revision=args.model_revision, **options)
+    else:
+        base = adapter.base_model_name_or_path
+        llm = LLM(model=base, revision=adapter.revision, enable_lora=True, max_lora_rank=adapter.r, **options)
+
+    def sample(prompts: list[list[int]], seed: int) -> list[list[Sample]]:
+        adapter_path = args.model if adapter is not None else None
+        return sample_prompts_with_vllm(
+            llm, tokenizer, prompts, args.n, **_sampling(args), seed=seed, adapter=adapter_path
+        )
+
+    return sample
+
+
+# --------------------------------------------------------------------------------------------------- sample and report
+
+
+def _sample_missing(
+    rows: Dataset,
+    records: list[dict[str, Any]],
+    block: int,
+    tokenizer,
+    sampler: Sampler,
+    reward: Callable,
+    args: argparse.Namespace,
+    save: Callable[[Sequence[dict[str, Any]]], None],
+) -> None:
+    """Sample and score block by block; each is saved before the next begins, and appended to `records`."""
+    from tqdm.auto import tqdm
+
+    from ..evaluation_records import score_block
+    from ..sampling import encode_prompt
+
+    with tqdm(total=len(rows), initial=len(records), desc="Evaluating", unit="prompt") as bar:
+        for start in range(len(records), len(rows), block):
+            part = rows.select(range(start, min(start + block, len(rows))))
+            prompts = [encode_prompt(tokenizer, prompt, **args.chat_template_kwargs) for prompt in part["prompt"]]
+            # A seed of its own for each block: a continued evaluation draws what an undisturbed one would.
+            samples = sampler(prompts, (args.seed << 32) + start)
+            new = score_block(part, start, samples, reward, args.n)
+            save(new)
+            records += new
+            bar.update(len(new))
+            right = [value is not None and value > 0.5 for record in records for value in record["rewards"]]
+            bar.set_postfix({f"mean@{args.n}": f"{sum(right) / len(right):.3f}"})
+
+
+def _write_results(args: argparse.Namespace, settings: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
+    from ..atomic import write_atomically
+    from ..evaluation_records import summarise_records
+    from ..plots import plot_pass_at_k
+
+    metrics = summarise_records(records, args.n)
+    folder = Path(args.output_dir)
+    summary = {"metrics": metrics, "settings": settings}
+    text = (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode()
+    write_atomically(folder / "summary.json", lambda stream: stream.write(text))
+    curve = {int(name.removeprefix("pass@")): value for name, value in metrics.items() if name.startswith("pass@")}
+    figure = plot_pass_at_k({Path(args.model).name: curve}, Path(args.dataset).stem)
+    write_atomically(folder / "pass_at_k.png", lambda stream: figure.savefig(stream, format="png"))
+    print(f"{len(records)} prompts, {args.n} completions each")
+    for name, value in metrics.items():
+        print(f"{name:<17} {'not measured' if value is None else f'{value:.4g}'}")
+    print(f"numbers: {folder / 'summary.json'}\nfigure:  {folder / 'pass_at_k.png'}")
