@@ -3,13 +3,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint bench-control clean
+.PHONY: quickstart test soak lint bench-control clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/entrocraft quickstart
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest
+
+# The long forms: 5,000 optimizer steps on two ranks, 30 kills, twenty times as many random inputs.
+soak: $(VENV)/.installed
+	ENTROCRAFT_SOAK=1 $(BIN)/python -m pytest --override-ini timeout=3600
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ _MODULE_OF = {
     "EntrocraftGRPOConfig": "config",
     "EntrocraftRLOOConfig": "config",
     "EntropyControlMixin": "control",
+    "EntropyCurveCallback": "live",
     "EntrocraftGRPOTrainer": "trainer",
     "EntrocraftRLOOTrainer": "trainer",
     "Band": "schedule",
@@ -44,6 +45,7 @@ __all__ = [
     "EntrocraftRLOOConfig",
     "EntrocraftRLOOTrainer",
     "EntropyControlMixin",
+    "EntropyCurveCallback",
     "band_at",
     "evaluate_policy",
     "pass_at_k",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .config import EntrocraftGRPOConfig, EntrocraftRLOOConfig
     from .control import EntropyControlMixin
     from .evaluation import evaluate_policy, pass_at_k
+    from .live import EntropyCurveCallback
     from .schedule import Band, band_at
     from .trainer import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
 

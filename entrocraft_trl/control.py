@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import textwrap
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,8 +12,14 @@ from accelerate.utils import gather_object
 
 from . import diagnosis, entropy, loss_inputs, rejection, schedule
 from .config import EntropyControlConfig
+from .eval_metrics import EvaluationMetricsMixin
 from .half_temperature import half_temperature_head
+from .hub import HubUploadMixin
+from .model_card import ModelCardMixin
+from .resume import ExactResumeMixin
+from .reward_guard import RewardGuard
 from .state import ControlMemory, EntropyControlState
+from .training_rows import check_training_rows
 
 
 logger = get_logger(__name__)
@@ -32,7 +37,7 @@ class Reading(NamedTuple):
     sampled_term: torch.Tensor | None = None
 
 
-class EntropyControlMixin:
+class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin, ExactResumeMixin):
     """
     Entropy control for trainers that prepare loss inputs in `_generate_and_score_completions`, as TRL's GRPO and RLOO
     trainers do: put it before the trainer among the bases, and pass a config that mixes in [`EntropyControlConfig`].
@@ -40,8 +45,8 @@ class EntropyControlMixin:
     Two methods of the parent change what they return: `_generate_and_score_completions` measures the batch entropy,
     compares it with the band and takes the rejected rollouts out of the loss inputs; `_compute_loss` weighs row means
     by the rows that are left. Two more only listen: to the old-policy pass and to the rewards. Evaluation is never
-    filtered. A band that is never left gives the parent's training bit for
-    bit.
+    filtered, and reports what [`EvaluationMetricsMixin`] adds. A band that is never left gives the parent's training
+    bit for bit. [`ExactResumeMixin`] resumes exactly and stops on SIGTERM.
 
     Args:
         entropy_band (`Callable[[float], tuple[float, float]]`, *optional*):
@@ -51,23 +56,10 @@ class EntropyControlMixin:
     Raises:
         TypeError: If `args` is not an entropy-control config.
         ValueError: If `entropy_band` returns an invalid band, or `entropy_source="sampling"` has no engine that
-            returns log-probs. Both before a model loads.
+            returns log-probs; or if `train_dataset` has too few rows, no prompts, or an empty one. All before a model
+            loads.
     """
 
-    _tag_names = ["trl", "entrocraft"]
-    _name = "Entrocraft"
-    _paper = {
-        "title": "Addressing Performance Saturation for LLM RL via Precise Entropy Curve Control",
-        "id": "2604.26326",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{li2026entrocraft,
-                title  = {{Addressing Performance Saturation for LLM RL via Precise Entropy Curve Control}},
-                author = {Bolian Li and Yifan Wang and Yi Ding and Anamika Lochab and Ananth Grama and Ruqi Zhang},
-                year   = 2026,
-                eprint = {arXiv:2604.26326},
-            }"""),
-    }
     _config_class = EntropyControlConfig
 
     # Graded rejection: in a band 0.1 nats wide both edges push; the gains are those of benchmarks/control.
@@ -94,9 +86,11 @@ class EntropyControlMixin:
                 "entropy_source='sampling' needs a rollout engine that returns log-probs, got use_vllm=False and no "
                 "rollout_func; use entropy_source='policy'."
             )
+        check_training_rows(arguments.get("train_dataset"), config.generation_batch_size // config.num_generations)
         self._entropy_band = entropy_band or config.band_at
         self._captured_passes: list[entropy.PolicyPass] | None = None
         self._captured_rewards: torch.Tensor | None = None
+        self._reward_guard = RewardGuard()
         super().__init__(*args, **kwargs)
         self.add_callback(EntropyControlState())
 
@@ -147,7 +141,13 @@ class EntropyControlMixin:
         return logps, entropies, aux_loss
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        functions, names = self.reward_funcs, self.reward_func_names
+        self.reward_funcs = self._reward_guard.wrap(functions, names)
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = functions
+        self._reward_guard.refuse(rewards, names, self.accelerator.process_index, prompts, completions)
         if self.args.out_of_band_advantages == "reward":
             weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
             weighted[torch.isnan(rewards).all(dim=1)] = torch.nan
@@ -199,6 +199,7 @@ class EntropyControlMixin:
             if "sampling_per_token_logps" not in batch:
                 raise ValueError("entropy_source='sampling', but the rollout engine returned no 'logprobs'.")
             policy_pass, sampled = None, None
+            readings = batch["sampling_per_token_logps"].nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
             sums = entropy.sampling_entropy_sums(
                 batch["sampling_per_token_logps"], mask, self.args.entropy_aggregation
             )
@@ -208,13 +209,14 @@ class EntropyControlMixin:
                 policy_pass = self._run_policy_pass(batch)
             sums = entropy.entropy_sums(policy_pass.entropies, mask, self.args.entropy_aggregation)
             sampled = rejection.sampled_entropy_term(*policy_pass)
+            readings = policy_pass.entropies + sampled
         terms = entropy.entropy_sums(sampled, mask, "token") if sampled is not None else torch.zeros_like(sums)
-        total, count, term, tokens = self.accelerator.reduce(torch.cat([sums, terms]), reduction="sum").tolist()
-        if count and not math.isfinite(total):
+        # One reduction carries all: every rank refuses the step, or none does.
+        totals = torch.cat([sums, terms, entropy.unreadable_counts(readings, mask)])
+        total, count, term, tokens, unreadable, rollouts, all_tokens = self.accelerator.reduce(totals, "sum").tolist()
+        if unreadable or (all_tokens and not count):
             raise FloatingPointError(
-                f"The policy's entropy over the generation batch at step {self.state.global_step} is not finite "
-                f"({total / count}): the model returns NaN or infinite logits. The step was refused; lower the "
-                "learning rate or resume from an earlier checkpoint."
+                entropy.refusal(self.args.entropy_source, self.state.global_step, unreadable, rollouts, all_tokens)
             )
         measured, mean_term = total / count if count else math.nan, term / tokens if tokens else 0.0
         return Reading(measured, mean_term, policy_pass, sampled)

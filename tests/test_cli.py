@@ -127,15 +127,24 @@ def test_resume_from_the_last_checkpoint(tiny_model, tmp_path):
 
 
 def test_resolve_checkpoint(tmp_path):
-    for step in (9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    newest = tmp_path / "checkpoint-10"
-    (newest / "trainer_state.json").write_text("{}")
-    for value in ("true", "last", True):
-        assert resolve_checkpoint(value, str(tmp_path)) == str(newest)
+    whole, half = tmp_path / "checkpoint-9", tmp_path / "checkpoint-10"
+    assert resolve_checkpoint("auto", str(tmp_path)) is None  # nothing there yet: the run starts
+    half.mkdir()
+    (half / "model.safetensors").touch()
+    assert resolve_checkpoint("auto", str(tmp_path)) is None
+    with pytest.raises(ValueError, match="checkpoint-10 is not complete: trainer_state.json is missing"):
+        resolve_checkpoint("true", str(tmp_path))
+    whole.mkdir()
+    (whole / "model.safetensors").touch()
+    state = transformers.TrainerState(global_step=9, max_steps=10, stateful_callbacks=[transformers.TrainerControl()])
+    state.save_to_json(whole / "trainer_state.json")
+    for value in ("true", "last", True, "auto"):
+        assert resolve_checkpoint(value, str(tmp_path)) is True
     for value in (None, "false", False, ""):
         assert resolve_checkpoint(value, str(tmp_path)) is None
-    assert resolve_checkpoint(str(newest), "elsewhere") == str(newest)
+    assert resolve_checkpoint(str(whole), "elsewhere") == str(whole)
+    with pytest.raises(ValueError, match="trainer_state.json is missing"):
+        resolve_checkpoint(str(half), "elsewhere")
 
 
 def test_embedded_task_dry_run(capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head, shuffle_sequence_dict, split_tensor_dict
@@ -247,7 +247,56 @@ def test_checkpointed_callbacks():
     from entrocraft_trl.state import EntropyControlState
 
     assert issubclass(EntropyControlState, TrainerCallback) and issubclass(EntropyControlState, ExportableState)
-    assert EntropyControlState.from_state(EntropyControlState({"horizon": 7}).state()).memory.horizon == 7
+    callback = EntropyControlState()
+    callback.memory.horizon = 7
+    assert EntropyControlState.from_state(callback.state()).memory.horizon == 7
+
+
+RESUME_HOOKS = {
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_save_rng_state": ["self", "output_dir"],
+    "_get_output_dir": ["self", "trial"],
+    "create_model_card": None,
+    "init_hf_repo": None,
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_finish_current_push": ["self"],
+    "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+    "evaluation_loop": None,
+    "_run_epoch": None,
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("method", RESUME_HOOKS)
+def test_saving_loading_and_pushing(trainer, method):
+    assert hasattr(trainer, method), f"{method} is gone from {trainer.__name__} (resume.py, hub.py, eval_metrics.py)"
+    found = list(inspect.signature(getattr(trainer, method)).parameters)
+    assert RESUME_HOOKS[method] in (None, found), (
+        f"{trainer.__name__}.{method} takes {found} now; resume.py, hub.py or model_card.py override it"
+    )
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_random_states_are_the_last_files_before_the_trainer_state(trainer):
+    """resume.py writes its files in `_save_rng_state` and takes trainer_state.json for the commit record."""
+    source = inspect.getsource(Trainer._save_checkpoint)
+    order = [source.index(part) for part in ("self.save_model(", "self._save_rng_state(", "TRAINER_STATE_NAME")]
+    assert order == sorted(order), "transformers writes checkpoints in another order now (checkpoint.py, resume.py)"
+
+
+@pytest.mark.parametrize(("trainer_class", "config_class"), PARENTS)
+def test_what_resume_saves(trainer_class, config_class):
+    trainer = build(trainer_class, config_class, log_completions=True)
+    assert (trainer._step, trainer._buffered_inputs) == (0, None), (
+        f"{trainer_class.__name__} counts micro-steps or buffers batches otherwise now; resume.py saves both"
+    )
+    assert {"prompt", "completion", "advantages", "rewards", "extra"} <= set(trainer._logs), "resume.TABLE_COLUMNS"
+    assert trainer.num_iterations == 1 and trainer.args.steps_per_generation == 1
+    trainer.train()
+    assert trainer._step == 1, "TRL no longer counts micro-steps in _step; resume.py saves it"
+    for name in ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"):
+        assert hasattr(trainer, name), f"transformers renamed {name}; resume.py saves and restores it"
 
 
 IMPORTS = "import sys, json, {module}; print(json.dumps(sorted(sys.modules)))"

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import is_main_process, user_errors
+from . import CommandError, is_main_process, user_errors
 from .arguments import EntrocraftScriptArguments, parse
 
 
@@ -19,43 +19,73 @@ if TYPE_CHECKING:
 EMBEDDED_ROWS = 4096  # prompts of the embedded task when max_samples does not say; its few targets repeat anyway
 
 
-def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | None:
+def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool | None:
     """
-    Folder of the checkpoint to resume from.
+    What to resume from, checked before a model loads.
 
     Args:
         value (`str`, `bool` or `None`):
-            A folder; `"true"` or `"last"` for the newest checkpoint in `output_dir`; `"false"` or nothing for none.
+            A folder; `"true"` or `"last"` for the newest complete checkpoint in `output_dir`; `"auto"` for the same if
+            there is one, so that one command line starts a run and restarts it; `"false"` or nothing for none.
         output_dir (`str`):
             Folder of the run.
 
+    Returns:
+        `str`, `bool` or `None`: a folder, `True` for the newest complete checkpoint, or `None`.
+
     Raises:
-        `ValueError`: if there is no checkpoint.
+        `ValueError`: if there is no checkpoint, or the one that is named is not complete.
     """
-    from transformers.trainer_utils import get_last_checkpoint
+    from ..checkpoint import list_checkpoints, why_incomplete
 
     text = str(value or "").strip()
     if text.lower() in ("", "false", "none"):
         return None
-    if text.lower() in ("true", "last"):
-        newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if newest is None:
-            raise ValueError(f"resume_from_checkpoint={text}: there is no checkpoint in {output_dir!r}")
-        return newest
-    if not (Path(text) / "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint={text!r}: no trainer_state.json there")
+    if text.lower() in ("true", "last", "auto"):
+        found = list_checkpoints(Path(output_dir))
+        if None in found.values():
+            return True
+        if text.lower() == "auto":
+            return None
+        half = "".join(f"; checkpoint-{step} is not complete: {reason}" for step, reason in found.items())
+        raise ValueError(f"resume_from_checkpoint={text}: there is no checkpoint in {output_dir!r}{half}")
+    if reason := why_incomplete(Path(text)):
+        raise ValueError(f"resume_from_checkpoint={text!r}: {reason}")
     return text
+
+
+def fetch_from_hub(args: EntrocraftGRPOConfig, dry_run: bool) -> None:
+    """
+    `resume_from_checkpoint="hub"`: fetch the newest checkpoint of the run's repository, if there is one and it is not
+    here already, and resume from the newest one that is here then. A dry run fetches nothing.
+    """
+    if not args.hub_model_id:
+        raise ValueError("resume_from_checkpoint=hub needs hub_model_id, the repository that the run pushes to")
+    args.resume_from_checkpoint = "auto"
+    if dry_run:
+        return
+    from ..hub import fetch_newest_checkpoint
+
+    with args.main_process_first():  # one download a node; the others then find it complete
+        fetch_newest_checkpoint(args.hub_model_id, args.output_dir, args.hub_token, args.hub_revision)
 
 
 def main(argv: list[str]) -> None:
     """Run the command. Errors of the set-up become a [`CommandError`]; those of the training keep their traceback."""
     with user_errors():
         script_args, training_args, model_args, mixture_args = parse(argv)
+        if training_args.resume_from_checkpoint == "hub":
+            fetch_from_hub(training_args, script_args.dry_run)
         resume = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         inputs = _trainer_inputs(script_args, training_args, model_args, mixture_args)
     if script_args.dry_run:
+        from ..memory_report import describe_memory
+
         if is_main_process():
             print(describe(inputs, training_args))
+            if model_args.model_name_or_path:  # the embedded task's own policy is too small to matter
+                with user_errors():
+                    print(describe_memory(training_args, inputs, script_args.max_prompt_length))
         return
     from .. import EntrocraftGRPOTrainer
 
@@ -75,6 +105,7 @@ def _trainer_inputs(
     from trl import get_peft_config, get_quantization_config
 
     from ..rewards import check_reward_columns, load_reward
+    from ..training_rows import check_training_rows
 
     rewards: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
@@ -87,6 +118,7 @@ def _trainer_inputs(
     if not rewards:
         raise ValueError("no reward: name one with --reward_funcs, for instance accuracy_reward or module:function")
     check_reward_columns(rewards, list(next(iter(train_rows))))
+    check_training_rows(train_rows, training_args.generation_batch_size // training_args.num_generations)
     # Last, because it can take minutes: a starting policy that is not there yet gets made.
     model = model_args.model_name_or_path or _starting_policy(script_args, training_args)
     training_args.model_init_kwargs = {
@@ -225,15 +257,20 @@ def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
     return "\n".join(lines)
 
 
-def _train(trainer, script_args: EntrocraftScriptArguments, args: EntrocraftGRPOConfig, resume: str | None) -> None:
+def _train(
+    trainer, script_args: EntrocraftScriptArguments, args: EntrocraftGRPOConfig, resume: str | bool | None
+) -> None:
     import transformers
     from packaging.version import Version
 
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.state.global_step == 0:
+        # Only known now of a stream; transformers ends such a run as if all were well.
+        prompts = args.generation_batch_size // args.num_generations
+        raise CommandError(f"no step was made: the stream ended before the {prompts} rows of one generation batch")
     trainer.save_state()  # the log, which `entrocraft plot` reads
     trainer.save_model(args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    pushed = trainer.push_to_hub(dataset_name=script_args.dataset_name) if args.push_to_hub else None
     if is_main_process():
         print(
             f"entrocraft: {trainer.state.global_step} steps done, run saved in {args.output_dir}; "
@@ -243,3 +280,6 @@ def _train(trainer, script_args: EntrocraftScriptArguments, args: EntrocraftGRPO
     trainer.accelerator.wait_for_everyone()
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()  # closes trackers and the process group
+    if args.push_to_hub and pushed is None and is_main_process():
+        # The disk of a job goes away with it: a job whose model is not on the Hub must not end as a success.
+        raise CommandError(f"training is done, but the model in {args.output_dir!r} is not on the Hub; see above")
