@@ -1,7 +1,7 @@
 """
 What entropy control costs per step under two processes, against plain GRPO under the same launcher.
 
-    accelerate launch --config_file configs/accelerate/cpu_ddp.yaml -m benchmarks.ranks    # about 3 minutes
+    accelerate launch --config_file configs/accelerate/cpu_ddp.yaml -m benchmarks.ranks    # about 2 minutes
 
 The arms take turns, several times over, in one launch: whatever else the machine does meets them all. Writes
 `benchmarks/results/ranks.{json,md}`.
@@ -70,7 +70,7 @@ def step_seconds(arm: str) -> float:
 def main() -> None:
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=True)
     if state.num_processes != 2:
         raise SystemExit(f"start it with two processes (see the first lines of this file), not {state.num_processes}")
     one_quiet_thread()
