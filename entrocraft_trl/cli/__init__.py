@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"entrocraft_trl {__version__}")
         return 0
+    # TRL 1.16 sets a field that transformers 5.23 has renamed: nothing that a user of this command could mend.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     try:
         command, rest = argv[0], argv[1:]
         if command not in COMMANDS:
