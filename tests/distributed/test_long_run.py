@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import launching
 
@@ -22,8 +22,8 @@ def test_a_long_run_under_the_filter(tmp_path):
         assert rank["entropies"] == first["entropies"]
         assert rank["directions"] == first["directions"]
         assert rank["checksums"] == first["checksums"] and len(set(rank["checksums"])) == len(rank["checksums"])
-        settled = len(rank["memory"]) // 5
-        assert rank["memory"][-1] - rank["memory"][settled] < GROWTH, rank["memory"]
+        # One reading jumps by 30 MB, as memory goes back to the system or not: medians of ten.
+        assert median(rank["memory"][-10:]) - median(rank["memory"][10:20]) < GROWTH, rank["memory"]
     inside = mean(direction == 0 for direction in first["directions"][STEPS // 10 :])
     print(
         f"{STEPS} steps: {inside:.0%} inside, {mean(first['accepted']):.0%} accepted, memory {first['memory'][::10]}"
