@@ -9,9 +9,9 @@ import launching
 
 STEPS = 5000 if os.environ.get("ENTROCRAFT_SOAK") else 150
 WORKER = Path(__file__).with_name("long_run.py")
-# What 4,000 further log records of some 40 numbers take, and the allocator's play. A batch of 32 rollouts that leaks
-# each step (ids, masks, log-probs: some 20 kB) would be 80 MB.
-GROWTH = 40.0  # MB
+# 4,000 more log records of some 40 numbers take 25 to 30 MB. A batch of 32 rollouts that leaks each step (ids, masks,
+# log-probs: some 20 kB) would take 80 MB more.
+GROWTH = 60.0  # MB
 
 
 def test_a_long_run_under_the_filter(tmp_path):
@@ -25,8 +25,8 @@ def test_a_long_run_under_the_filter(tmp_path):
         # One reading jumps by 30 MB, as memory goes back to the system or not: medians of ten.
         assert median(rank["memory"][-10:]) - median(rank["memory"][10:20]) < GROWTH, rank["memory"]
     inside = mean(direction == 0 for direction in first["directions"][STEPS // 10 :])
-    print(
-        f"{STEPS} steps: {inside:.0%} inside, {mean(first['accepted']):.0%} accepted, memory {first['memory'][::10]}"
-    )
+    memory = [round(median(rank["memory"][-10:]) - median(rank["memory"][10:20])) for rank in ranks]
+    rejecting = mean(share < 1.0 for share in first["accepted"])
+    print(f"{STEPS} steps: {inside:.0%} inside, {rejecting:.0%} reject something, {memory} MB more on the ranks")
     assert inside > 0.8
-    assert mean(first["accepted"]) < 0.99  # it was the filter that held it
+    assert rejecting > 0.05  # it was the filter that held it
