@@ -33,8 +33,8 @@ class Reading(NamedTuple):
 
     entropy: float
     mean_sampled_term: float
-    policy_pass: entropy.PolicyPass | None = None
-    sampled_term: torch.Tensor | None = None
+    policy_pass: entropy.PolicyPass | None
+    sampled_term: torch.Tensor | None
 
 
 class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin, ExactResumeMixin):

@@ -2,12 +2,14 @@
 
 import difflib
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ..config import EntrocraftGRPOConfig
+from ..data import PromptFormat
 from . import CommandError
 
 
@@ -146,3 +148,25 @@ def parse(
             close = difflib.get_close_matches(name, known, n=1)
             raise CommandError(f"unknown {where}: {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     return tuple(parsed)
+
+
+def prompt_format(options: Any, tokenizer: Any, model: str) -> PromptFormat:
+    """
+    How rows become prompts, by the options that `train` and `eval` share.
+
+    Raises:
+        ValueError: If chat messages are asked for and the tokenizer of `model` has no chat template.
+    """
+    has_template = tokenizer.chat_template is not None
+    if options.prompt_format == "conversational" and not has_template:
+        raise ValueError(
+            f"prompt_format='conversational' needs a chat template, which the tokenizer of {model!r} does not have"
+        )
+    return PromptFormat(
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+        answer_after=options.answer_after,
+        system_prompt=options.system_prompt,
+        prompt_template=options.prompt_template,
+        conversational=options.prompt_format != "text" and has_template,
+    )

@@ -161,19 +161,11 @@ def _load_tokenizer(args: argparse.Namespace):
 
 
 def _data(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Callable]:
-    from ..data import BUILDERS, PromptFormat, load_rows, prepare_rows
+    from ..data import BUILDERS, load_rows, prepare_rows
     from ..rewards import check_reward_columns, load_reward
+    from .arguments import prompt_format
 
-    if args.prompt_format == "conversational" and tokenizer.chat_template is None:
-        raise CommandError("--prompt_format conversational needs a chat template, which the tokenizer does not have")
-    form = PromptFormat(
-        prompt_column=args.prompt_column,
-        answer_column=args.answer_column,
-        answer_after=args.answer_after,
-        system_prompt=args.system_prompt,
-        prompt_template=args.prompt_template,
-        conversational=args.prompt_format != "text" and tokenizer.chat_template is not None,
-    )
+    form = prompt_format(args, tokenizer, args.model)
     is_file = Path(args.dataset).suffix.lower() in BUILDERS  # a file has one split, "train"
     split = args.dataset_split or ("train" if is_file else "test")
     rows = prepare_rows(load_rows(args.dataset, split, args.dataset_config), form, args.max_samples)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import CommandError, is_main_process, user_errors
-from .arguments import EntrocraftScriptArguments, parse
+from .arguments import EntrocraftScriptArguments, parse, prompt_format
 
 
 if TYPE_CHECKING:
@@ -161,27 +161,13 @@ def _data(script_args, training_args, model_args, mixture_args):
     """Training and evaluation rows, checked, with the columns that TRL reads."""
     from trl import get_dataset
 
-    from ..data import PromptFormat, drop_long_prompts, load_rows, prepare_rows
+    from ..data import drop_long_prompts, load_rows, prepare_rows
+    from ..sampling import encode_prompt
 
     if not script_args.dataset_name and not mixture_args.datasets:
         raise ValueError("no data: name a data set with --dataset_name (Hub name, local file or folder)")
     tokenizer = _load_tokenizer(training_args, model_args)
-    conversational = script_args.prompt_format == "conversational" or (
-        script_args.prompt_format == "auto" and tokenizer.chat_template is not None
-    )
-    if conversational and tokenizer.chat_template is None:
-        raise ValueError(
-            f"prompt_format='conversational' needs a chat template, which the tokenizer of "
-            f"{model_args.model_name_or_path!r} does not have"
-        )
-    form = PromptFormat(
-        prompt_column=script_args.prompt_column,
-        answer_column=script_args.answer_column,
-        answer_after=script_args.answer_after,
-        system_prompt=script_args.system_prompt,
-        prompt_template=script_args.prompt_template,
-        conversational=conversational,
-    )
+    form = prompt_format(script_args, tokenizer, model_args.model_name_or_path)
 
     def rows_of(name: str | None, split: str):
         if mixture_args.datasets and name is None:
@@ -194,7 +180,9 @@ def _data(script_args, training_args, model_args, mixture_args):
     train_name = None if mixture_args.datasets else script_args.dataset_name
     train_rows = prepare_rows(rows_of(train_name, script_args.dataset_train_split), form, script_args.max_samples)
     if script_args.max_prompt_length is not None:
-        train_rows = drop_long_prompts(train_rows, _token_counter(tokenizer), script_args.max_prompt_length)
+        train_rows = drop_long_prompts(
+            train_rows, lambda prompt: len(encode_prompt(tokenizer, prompt)), script_args.max_prompt_length
+        )
     eval_rows = None
     if training_args.eval_strategy != "no":
         # A data set of its own is one file, as a rule, and a file has the split "train" only.
@@ -217,15 +205,6 @@ def _load_tokenizer(training_args, model_args):
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of model {name!r}: {error}") from error
-
-
-def _token_counter(tokenizer):
-    def count(prompt: str | list[dict[str, str]]) -> int:
-        if isinstance(prompt, str):
-            return len(tokenizer(prompt)["input_ids"])
-        return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-    return count
 
 
 def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
