@@ -10,7 +10,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from . import diagnosis, entropy, loss_inputs, rejection, schedule
+from . import diagnosis, entropy, groups, loss_inputs, rejection, schedule
 from .config import EntropyControlConfig
 from .eval_metrics import EvaluationMetricsMixin
 from .half_temperature import half_temperature_head
@@ -89,7 +89,6 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         check_training_rows(arguments.get("train_dataset"), config.generation_batch_size // config.num_generations)
         self._entropy_band = entropy_band or config.band_at
         self._captured_passes: list[entropy.PolicyPass] | None = None
-        self._captured_rewards: torch.Tensor | None = None
         self._reward_guard = RewardGuard()
         super().__init__(*args, **kwargs)
         self.add_callback(EntropyControlState())
@@ -148,10 +147,6 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         finally:
             self.reward_funcs = functions
         self._reward_guard.refuse(rewards, names, self.accelerator.process_index, prompts, completions)
-        if self.args.out_of_band_advantages == "reward":
-            weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-            weighted[torch.isnan(rewards).all(dim=1)] = torch.nan
-            self._captured_rewards = weighted
         return rewards
 
     def _compute_loss(self, model, inputs):
@@ -169,20 +164,46 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         else:
             band = self._band_for(reading.entropy)
             direction = rejection.band_direction(reading.entropy, band.low, band.high)
-        if self.args.out_of_band_advantages == "reward":
-            # Checked in every batch, on all ranks' rewards: a wrong coding ends the run at once and everywhere.
-            rewards = rejection.unit_rewards(self._captured_rewards, self.args.reward_coding)
-            if direction:
-                rows = batch["advantages"].size(0)
-                start = self.accelerator.process_index * rows
-                batch = {**batch, "advantages": rewards[start : start + rows].to(batch["advantages"])}
-        keep, bounds = self._accept(batch, reading, band, direction)
-        counts = diagnosis.count_batch(keep, batch["advantages"], *self._tokens_and_margins(batch, reading))
+        batch, advantages = self._advantages(batch, direction)
+        keep, bounds = self._accept(batch, advantages, reading, band, direction)
+        counts = diagnosis.count_batch(keep, advantages, *self._tokens_and_margins(batch, reading))
         totals = diagnosis.Totals(*self.accelerator.reduce(counts, reduction="sum").tolist())
         batch = self._edit(batch, keep, totals)
         self._log_kept_column(keep, batch["advantages"])
         self._report(reading, band, direction, totals, **bounds)
         return batch
+
+    def _advantages(self, batch: dict[str, Any], direction: int) -> tuple[dict[str, Any], torch.Tensor]:
+        """
+        Loss inputs with the advantages to train on, and those `(B,)` by which rollouts are judged and counted: the
+        same, but 0 in groups that carry no signal.
+        """
+        advantages = batch["advantages"]
+        rewards = self._batch_rewards(len(advantages) * self.accelerator.num_processes)
+        weighted = (rewards * self.reward_weights.to(rewards)).nansum(dim=1)
+        weighted[torch.isnan(rewards).all(dim=1)] = torch.nan
+        first = self.accelerator.process_index * len(advantages)
+        if self.args.out_of_band_advantages == "reward":
+            # Checked in every batch, on all ranks' rewards: a wrong coding ends the run at once and everywhere.
+            signs = rejection.unit_rewards(weighted, self.args.reward_coding)
+            if direction:
+                signs = signs[first : first + len(advantages)].to(advantages)
+                return {**batch, "advantages": signs}, signs
+        if "old_logps" in batch and self.beta:
+            # RLOO takes the KL penalty from the reward, so that rollouts of one reward differ after all.
+            return batch, advantages
+        by_function = getattr(self, "multi_objective_aggregation", None) == "normalize_then_sum"
+        compared = rewards[:, self.reward_weights != 0] if by_function else weighted.unsqueeze(1)
+        if clip := getattr(self.args, "reward_clip_range", None):
+            compared = compared.clamp(*clip)
+        return batch, groups.without_rounding(
+            advantages, compared, first, self.num_generations, scaled_over_batch=by_function
+        )
+
+    def _batch_rewards(self, count: int) -> torch.Tensor:
+        """Rewards `(count, functions)` of the last batch, all ranks, which TRL keeps for its table; NaN: unscored."""
+        columns = [list(self._logs["rewards"][name])[-count:] for name in self.reward_func_names]
+        return torch.tensor(columns, device=self.accelerator.device).T
 
     def _tokens_and_margins(self, batch: dict[str, Any], reading: Reading) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Loss tokens and sum of S - N of each rollout, `(B,)`; N is its batch mean, which costs nothing."""
@@ -243,10 +264,14 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         return band
 
     def _accept(
-        self, batch: dict[str, Any], reading: Reading, band: schedule.Band, direction: int
+        self,
+        batch: dict[str, Any],
+        advantages: torch.Tensor,
+        reading: Reading,
+        band: schedule.Band,
+        direction: int,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Keep mask `(B,)` of this rank's rollouts; and, graded, the least and most change the band allows."""
-        advantages = batch["advantages"]
         if self.args.rejection_rule == "advantage_sign":
             return rejection.accept_by_advantage_sign(advantages, direction), {}
         accept_all = torch.ones_like(advantages, dtype=torch.bool)
@@ -254,14 +279,16 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         if self.args.rejection_strength == "full":
             if direction == 0:
                 return accept_all, {}
-            return rejection.accept_by_entropy_change(self._entropy_change_scores(batch, reading), direction), {}
+            return rejection.accept_by_entropy_change(
+                self._entropy_change_scores(batch, advantages, reading), direction
+            ), {}
         if math.isnan(reading.entropy):
             return accept_all, {}
         least, most = self._allowed_change(reading.entropy, band)
         bounds = {"least_change": least, "most_change": most}
         if (least, most) == (-1.0, 1.0):
             return accept_all, bounds
-        scores = self._entropy_change_scores(batch, reading)
+        scores = self._entropy_change_scores(batch, advantages, reading)
         lowest, highest = rejection.graded_bounds(self.accelerator.gather(scores), least, most)
         return (lowest <= scores) & (scores <= highest), bounds
 
@@ -279,7 +306,9 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             measured, *band, cushion=self.graded_cushion, gain=self.graded_gain, offset=memory.change_offset
         )
 
-    def _entropy_change_scores(self, batch: dict[str, Any], reading: Reading) -> torch.Tensor:
+    def _entropy_change_scores(
+        self, batch: dict[str, Any], advantages: torch.Tensor, reading: Reading
+    ) -> torch.Tensor:
         if self.args.entropy_change_baseline == "batch_mean":
             expected = reading.mean_sampled_term
         else:
@@ -287,7 +316,7 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
                 half = self._run_policy_pass(batch)
             expected = rejection.expected_entropy_term(*reading.policy_pass, half.logps, half.entropies)
         mask = loss_inputs.loss_mask(batch)
-        return rejection.entropy_change_scores(batch["advantages"], reading.sampled_term, expected, mask)
+        return rejection.entropy_change_scores(advantages, reading.sampled_term, expected, mask)
 
     def _edit(self, batch: dict[str, Any], keep: torch.Tensor, totals: diagnosis.Totals) -> dict[str, Any]:
         """Loss inputs without the rejected rollouts; the very same ones if none was rejected on any rank."""
