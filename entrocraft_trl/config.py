@@ -254,6 +254,13 @@ class EntropyControlConfig:
         self.min_accepted_share = checks.number("min_accepted_share", self.min_accepted_share)
         if not 0.0 <= self.min_accepted_share <= 1.0:
             raise ValueError(f"min_accepted_share must lie in 0..1, got {self.min_accepted_share}.")
+        if self.rejection_rule == "entropy_change" and getattr(self, "top_entropy_quantile", 1.0) < 1.0:
+            # TRL chooses the tokens anew in each micro-batch of the loss, after the rollouts were judged.
+            raise ValueError(
+                f"rejection_rule='entropy_change' judges a rollout by all of its tokens, but "
+                f"top_entropy_quantile={self.top_entropy_quantile} trains on a part of them; set "
+                "top_entropy_quantile=1.0, or use rejection_rule='advantage_sign'."
+            )
         if self.rejection_rule == "entropy_change" and self.entropy_source == "sampling":
             raise ValueError(
                 "rejection_rule='entropy_change' needs each token's entropy, which entropy_source='sampling' does not "
@@ -313,3 +320,11 @@ class EntrocraftRLOOConfig(EntropyControlConfig, RLOOConfig):
         "Configuration of [`EntrocraftRLOOTrainer`]: [`~trl.RLOOConfig`] and the fields below.\n"
         + EntropyControlConfig.__doc__
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.entropy_source == "sampling":
+            raise ValueError(
+                "entropy_source='sampling' reads the rollout engine's log-probs, which TRL's RLOO trainer does not "
+                "keep; use entropy_source='policy'."
+            )
