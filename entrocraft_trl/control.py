@@ -27,12 +27,14 @@ logger = get_logger(__name__)
 
 class Reading(NamedTuple):
     """
-    What one generation batch shows before the filter. `entropy` (nats; NaN without a token) and `mean_sampled_term`
-    are over all ranks; `policy_pass` and `sampled_term`, S of each token `(B, T)`, are this rank's.
+    What one generation batch shows before the filter. `entropy` (nats; NaN without a token), `mean_sampled_term` and
+    `unscored`, the share of loss tokens without a log-prob of the rollout engine, are over all ranks; `policy_pass`
+    and `sampled_term`, S of each token `(B, T)`, are this rank's.
     """
 
     entropy: float
     mean_sampled_term: float
+    unscored: float
     policy_pass: entropy.PolicyPass | None
     sampled_term: torch.Tensor | None
 
@@ -166,11 +168,12 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             direction = rejection.band_direction(reading.entropy, band.low, band.high)
         batch, advantages = self._advantages(batch, direction)
         keep, bounds = self._accept(batch, advantages, reading, band, direction)
-        counts = diagnosis.count_batch(keep, advantages, *self._tokens_and_margins(batch, reading))
+        tokens, margins = self._tokens_and_margins(batch, reading)
+        counts = diagnosis.count_batch(keep, advantages, tokens, margins)
         totals = diagnosis.Totals(*self.accelerator.reduce(counts, reduction="sum").tolist())
         batch = self._edit(batch, keep, totals)
         self._log_kept_column(keep, batch["advantages"])
-        self._report(reading, band, direction, totals, **bounds)
+        self._report(reading, band, direction, totals, has_margins=margins is not None, **bounds)
         return batch
 
     def _advantages(self, batch: dict[str, Any], direction: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -208,8 +211,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
     def _tokens_and_margins(self, batch: dict[str, Any], reading: Reading) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Loss tokens and sum of S - N of each rollout, `(B,)`; N is its batch mean, which costs nothing."""
         mask = loss_inputs.loss_mask(batch)
-        if reading.sampled_term is None:
-            return mask.sum(dim=1), None
+        if reading.sampled_term is None or getattr(self, "top_entropy_quantile", 1.0) < 1.0:
+            return mask.sum(dim=1), None  # not measured, or of other tokens than those that are trained on
         ones = torch.ones_like(batch["advantages"])
         margins = rejection.entropy_change_scores(ones, reading.sampled_term, reading.mean_sampled_term, mask)
         return mask.sum(dim=1), margins
@@ -220,27 +223,38 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             if "sampling_per_token_logps" not in batch:
                 raise ValueError("entropy_source='sampling', but the rollout engine returned no 'logprobs'.")
             policy_pass, sampled = None, None
-            readings = batch["sampling_per_token_logps"].nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
-            sums = entropy.sampling_entropy_sums(
-                batch["sampling_per_token_logps"], mask, self.args.entropy_aggregation
-            )
+            logps = batch["sampling_per_token_logps"]
+            unscored = (mask.bool() & torch.isnan(logps)).sum().float()
+            readings = logps.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf)
+            sums = entropy.sampling_entropy_sums(logps, mask, self.args.entropy_aggregation)
         else:
             policy_pass = entropy.find_policy_pass(passes, batch, batch["completion_mask"])
-            if policy_pass is None:
+            if policy_pass is None or (self._needs_expected_term() and entropy.has_dropout(self.model)):
+                # TRL samples, and runs its old-policy pass, with dropout; N comes from a pass without. S of the one
+                # policy against N of the other would judge rollouts by the difference of two models.
                 policy_pass = self._run_policy_pass(batch)
+            unscored = torch.zeros((), device=mask.device)
             sums = entropy.entropy_sums(policy_pass.entropies, mask, self.args.entropy_aggregation)
             sampled = rejection.sampled_entropy_term(*policy_pass)
             readings = policy_pass.entropies + sampled
         terms = entropy.entropy_sums(sampled, mask, "token") if sampled is not None else torch.zeros_like(sums)
         # One reduction carries all: every rank refuses the step, or none does.
-        totals = torch.cat([sums, terms, entropy.unreadable_counts(readings, mask)])
-        total, count, term, tokens, unreadable, rollouts, all_tokens = self.accelerator.reduce(totals, "sum").tolist()
-        if unreadable or (all_tokens and not count):
+        totals = torch.cat([sums, terms, entropy.unreadable_counts(readings, mask), unscored.view(1)])
+        total, count, term, tokens, unreadable, rollouts, all_tokens, missing = self.accelerator.reduce(
+            totals, reduction="sum"
+        ).tolist()
+        unscored_share = missing / all_tokens if all_tokens else 0.0
+        if unreadable or (all_tokens and not count) or unscored_share > entropy.LARGEST_UNSCORED_SHARE:
             raise FloatingPointError(
-                entropy.refusal(self.args.entropy_source, self.state.global_step, unreadable, rollouts, all_tokens)
+                entropy.refusal(
+                    self.args.entropy_source, self.state.global_step, unreadable, rollouts, all_tokens, missing
+                )
             )
         measured, mean_term = total / count if count else math.nan, term / tokens if tokens else 0.0
-        return Reading(measured, mean_term, policy_pass, sampled)
+        return Reading(measured, mean_term, unscored_share, policy_pass, sampled)
+
+    def _needs_expected_term(self) -> bool:
+        return self.args.rejection_rule == "entropy_change" and self.args.entropy_change_baseline == "exact"
 
     def _run_policy_pass(self, batch: dict[str, Any]) -> entropy.PolicyPass:
         return entropy.run_policy_pass(
@@ -332,7 +346,15 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             row_normaliser_share=max(totals.kept_rows / totals.rows, floor),
         )
 
-    def _report(self, reading: Reading, band: schedule.Band, direction: int, totals: diagnosis.Totals, **more) -> None:
+    def _report(
+        self,
+        reading: Reading,
+        band: schedule.Band,
+        direction: int,
+        totals: diagnosis.Totals,
+        has_margins: bool,
+        **more,
+    ) -> None:
         memory = self.control_memory
         memory.empty_steps += totals.kept_rows == 0
         distance = rejection.distance_outside(reading.entropy, band.low, band.high)
@@ -343,7 +365,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             "direction": direction,
             "distance_outside_band": distance,
             "empty_steps": memory.empty_steps,
-            **diagnosis.rejection_metrics(totals, has_margins=reading.policy_pass is not None),
+            **({"unscored_tokens": reading.unscored} if self.args.entropy_source == "sampling" else {}),
+            **diagnosis.rejection_metrics(totals, has_margins),
             **more,
         }
         if math.isnan(reading.entropy):

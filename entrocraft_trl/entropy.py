@@ -63,8 +63,20 @@ def unreadable_counts(readings: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
     return torch.stack([broken.sum(), torch.tensor(len(mask), device=mask.device), mask.sum()]).float()
 
 
-def refusal(source: str, step: int, unreadable: float, rollouts: float, tokens: float) -> str:
-    """Why a step without a finite entropy is refused, and what to do."""
+# An engine leaves out a token now and then. With more than a tenth missing, the mean is that of a selection of tokens
+# which nobody made, and with nearly all missing it would be the entropy of a handful.
+LARGEST_UNSCORED_SHARE = 0.1
+
+
+def refusal(source: str, step: int, unreadable: float, rollouts: float, tokens: float, unscored: float) -> str:
+    """Why a step without a finite entropy, or with one of too few tokens, is refused, and what to do."""
+    if source == "sampling" and not unreadable and unscored < tokens:
+        return (
+            f"The rollout engine returned no log-prob (NaN) for {unscored:.0f} of {tokens:.0f} loss tokens of the "
+            f"generation batch at step {step}; entropy_source='sampling' reads from at least "
+            f"{1 - LARGEST_UNSCORED_SHARE:.0%} of them. The step was refused; mend the engine's log-probs, or use "
+            "entropy_source='policy'."
+        )
     start = f"The policy's entropy over the generation batch at step {step} is not finite: "
     if source == "sampling":
         found = (
@@ -93,6 +105,22 @@ def eval_mode(model: torch.nn.Module):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """
+    Whether a pass in training mode drops anything: dropout modules (LoRA's too), and the rates that attention and some
+    older models hand to a function.
+    """
+
+    def drops(module: torch.nn.Module) -> bool:
+        kind = type(module).__name__.lower()
+        return any(
+            isinstance(value, float) and value > 0 and "drop" in (kind if name == "p" else name.lower())
+            for name, value in vars(module).items()
+        )
+
+    return any(module.training and drops(module) for module in model.modules())
 
 
 def find_policy_pass(

@@ -142,6 +142,19 @@ def test_log_probs_that_are_all_missing_are_refused():
         train_on_log_probs(change)
 
 
+def test_a_reading_from_a_small_part_of_the_tokens_is_refused():
+    """With nearly all log-probs missing, the entropy would be that of a handful of tokens, and steer the whole run."""
+    tokens = sum(map(len, ROLLOUTS))
+
+    def change(logps):
+        for row in logps[1:]:
+            row[:] = [None] * len(row)
+
+    missing = tokens - len(ROLLOUTS[0])
+    with pytest.raises(FloatingPointError, match=f"no log-prob .NaN. for {missing} of {tokens} loss tokens.*90%"):
+        train_on_log_probs(change)
+
+
 def test_single_missing_log_probs_are_left_out():
     def change(logps):
         logps[0][0] = None

@@ -8,6 +8,8 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 
 from entrocraft_trl import entropy
 from entrocraft_trl.entropy import PolicyPass
@@ -189,3 +191,72 @@ def test_multimodal_keys_are_all_parameters_of_trls_pass():
     for trainer in (GRPOTrainer, RLOOTrainer):
         parameters = inspect.signature(trainer._get_per_token_logps_and_entropies).parameters
         assert set(entropy.MULTIMODAL_KEYS) <= set(parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------ dropout
+
+
+def with_lora(dropout):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=dropout)
+    return get_peft_model(tiny.build_model(), lora)
+
+
+@pytest.mark.parametrize(
+    ("build", "drops"),
+    [
+        (tiny.build_model, False),
+        (lambda: tiny.build_model(attention_dropout=0.1), True),  # functional: no dropout module
+        (lambda: with_lora(0.0), False),
+        (lambda: with_lora(0.05), True),
+        (lambda: OPTForCausalLM(OPTConfig(vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=1,
+                                          num_attention_heads=1, word_embed_proj_dim=8, dropout=0.1)), True),
+    ],
+    ids=["none", "attention", "LoRA without", "LoRA", "OPT's own"],
+)  # fmt: skip
+def test_dropout_is_seen_wherever_a_model_keeps_it(build, drops):
+    model = build().train()
+    assert entropy.has_dropout(model) == drops
+    assert not entropy.has_dropout(model.eval())
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "attention"])
+def test_exact_scores_are_those_of_one_model_under_dropout(lora):
+    """S from a pass with dropout against N from one without gives scores of no model at all; N is at most 0.5 nats."""
+    rollouts = tiny.random_rollouts(8)
+    # Two steps per generation: TRL runs an old-policy pass of its own, in training mode.
+    args = tiny.build_config(rejection_rule="entropy_change", steps_per_generation=2, per_device_train_batch_size=4)
+    dropout = 0.5  # large, so that another model's scores are far off
+    trainer = tiny.build_trainer(
+        model=tiny.build_model(attention_dropout=0.0 if lora else dropout),
+        args=args,
+        reward_funcs=tiny.table_reward(rollouts, [0.0, 1.0] * 4),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout) if lora else None,
+    )
+    with torch.no_grad():  # a new adapter is zero, and dropping zeros shows nothing
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    tiny.force_rollouts(trainer, rollouts)
+    seen = {}
+    judge = trainer._entropy_change_scores
+
+    def noting(batch, advantages, reading):
+        seen.update(batch=batch, advantages=advantages, scores=judge(batch, advantages, reading))
+        return seen["scores"]
+
+    trainer._entropy_change_scores = noting
+    trainer._entropy_band = lambda progress: (5.0, 6.0)  # far above: the rule has to judge
+    trainer.model.train()
+    trainer.state.max_steps = 1
+    trainer._generate_and_score_completions(tiny.generation_inputs(trainer))
+    batch = seen["batch"]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=ids, attention_mask=attention_mask).logits
+    logp = logits[:, batch["prompt_ids"].size(1) - 1 : -1].double().log_softmax(-1)
+    h = -(logp.exp() * logp).sum(-1)
+    term = logp.exp() * (logp + h.unsqueeze(-1))  # p (log p + H) of the whole vocabulary
+    margin = term.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1) - (logp.exp() * term).sum(-1)
+    expected = seen["advantages"] * (margin * batch["completion_mask"]).sum(1)
+    assert torch.allclose(seen["scores"].double(), expected, atol=1e-5)
