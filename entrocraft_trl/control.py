@@ -91,6 +91,7 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         check_training_rows(arguments.get("train_dataset"), config.generation_batch_size // config.num_generations)
         self._entropy_band = entropy_band or config.band_at
         self._captured_passes: list[entropy.PolicyPass] | None = None
+        self._teaching_rollouts: torch.Tensor | float = 0.0  # of the optimizer step under way
         self._reward_guard = RewardGuard()
         super().__init__(*args, **kwargs)
         self.add_callback(EntropyControlState())
@@ -153,7 +154,21 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
+        if self.model.training:
+            self._count_empty_step(inputs)
         return loss * loss_inputs.micro_batch_weight(inputs, getattr(self, "loss_type", "rloo"))
+
+    def _count_empty_step(self, inputs: dict[str, Any]) -> None:
+        """Count, and log, the optimizer steps in which no rollout of any rank has an advantage and a loss token."""
+        # Only here is it known which rollouts a step is made of: TRL shuffles, and one generation may serve several.
+        teaching = (inputs["advantages"] != 0) & loss_inputs.loss_mask(inputs).any(dim=1)
+        self._teaching_rollouts = self._teaching_rollouts + teaching.sum().float()
+        if not self.accelerator.sync_gradients:
+            return
+        if self.accelerator.reduce(self._teaching_rollouts, reduction="sum").item() == 0:
+            self.control_memory.empty_steps += 1
+        self._teaching_rollouts = 0.0
+        self._metrics["train"]["entrocraft/empty_steps"].append(float(self.control_memory.empty_steps))
 
     # ----------------------------------------------------------------------------------- measure, decide, edit, report
 
@@ -356,7 +371,6 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         **more,
     ) -> None:
         memory = self.control_memory
-        memory.empty_steps += totals.kept_rows == 0
         distance = rejection.distance_outside(reading.entropy, band.low, band.high)
         metrics = {
             "entropy": reading.entropy,
@@ -364,13 +378,12 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             "entropy_high": band.high,
             "direction": direction,
             "distance_outside_band": distance,
-            "empty_steps": memory.empty_steps,
             **({"unscored_tokens": reading.unscored} if self.args.entropy_source == "sampling" else {}),
             **diagnosis.rejection_metrics(totals, has_margins),
             **more,
         }
         if math.isnan(reading.entropy):
-            metrics = {"empty_steps": memory.empty_steps}
+            metrics = {}
         else:
             effect = diagnosis.watch(memory, reading.entropy, distance, direction)
             if effect is not None:

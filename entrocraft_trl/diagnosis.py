@@ -80,10 +80,11 @@ def _share(part: float, whole: float) -> float:
 
 def watch(memory: ControlMemory, entropy: float, distance: float, direction: int) -> float | None:
     """
-    Follow a stretch of steps outside the band on one side, in `memory`.
+    Follow a stretch of generation batches outside the band on one side, in `memory`.
 
     Returns:
-        `float` or `None`: How far (nats) the entropy came towards the band since the step before, if that step acted.
+        `float` or `None`: How far (nats) the entropy came towards the band since the batch before, if that one had
+        rejections.
     """
     effect = None
     if memory.last_direction and memory.last_entropy is not None:
@@ -97,7 +98,7 @@ def watch(memory: ControlMemory, entropy: float, distance: float, direction: int
 
 
 # One reading scatters by some 0.02 nats on small batches: a drift must be clearly larger to count as one.
-PATIENCE_STEPS = 30
+PATIENCE_BATCHES = 30
 CLEAR_DRIFT = 0.05
 
 
@@ -105,18 +106,18 @@ def failure_message(
     memory: ControlMemory, entropy: float, distance: float, rule: str, agree: float | None
 ) -> str | None:
     """
-    Plain words if the band was left for at least `PATIENCE_STEPS` steps in a row and the entropy is further from it
-    than when it left, by at least `CLEAR_DRIFT` nats; `None` otherwise. At most once in a run.
+    Plain words if the band was left for at least `PATIENCE_BATCHES` generation batches in a row and the entropy is
+    further from it than when it left, by at least `CLEAR_DRIFT` nats; `None` otherwise. At most once in a run.
     """
     away = distance - memory.distance_at_exit
-    if memory.failure_reported or memory.steps_outside < PATIENCE_STEPS or away < CLEAR_DRIFT:
+    if memory.failure_reported or memory.steps_outside < PATIENCE_BATCHES or away < CLEAR_DRIFT:
         return None
     memory.failure_reported = True
     side = "above" if memory.last_direction > 0 else "below"
     message = (
-        f"The entropy ({entropy:.3f} nats) has been {side} its band for {memory.steps_outside} steps and is now "
-        f"{distance:.3f} nats away from it, {away:.3f} more than at first, although rejection_rule={rule!r} acted in "
-        "each of them. "
+        f"The entropy ({entropy:.3f} nats) has been {side} its band for {memory.steps_outside} generation batches and "
+        f"is now {distance:.3f} nats away from it, {away:.3f} more than at first, although rejection_rule={rule!r} "
+        "acted in each of them. "
     )
     if rule == "advantage_sign":
         if agree is not None:

@@ -14,7 +14,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ControlMemory:
-    """Plain numbers, identical on all ranks. Units: nats for entropies, optimizer steps for the horizon."""
+    """
+    Plain numbers, identical on all ranks. Units: nats for entropies; optimizer steps for the horizon and for
+    `empty_steps`; generation batches for `steps_outside`, which keeps the name that checkpoints hold.
+    """
 
     initial_entropy: float | None = None
     horizon: int | None = None

@@ -83,7 +83,13 @@ def run_away(steps, drift, rule="advantage_sign", direction=-1):
 def test_a_rule_that_does_not_hold_is_reported_once_with_numbers_and_a_remedy():
     messages = run_away(steps=100, drift=0.005)
     assert len(messages) == 1
-    for part in ("below its band", "30 steps", "25%", "rejection_rule='entropy_change'", "0.145 more than at first"):
+    for part in (
+        "below its band",
+        "30 generation batches",
+        "25%",
+        "rejection_rule='entropy_change'",
+        "0.145 more than at first",
+    ):
         assert part in messages[0]
 
 

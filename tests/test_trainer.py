@@ -227,7 +227,19 @@ def test_all_advantages_zero_accepts_all_and_learns_nothing(settings):
     trainer.train()
     tiny.assert_same_parameters(trainer.model, before)
     assert tiny.history(trainer, "entrocraft/accepted_rollouts") == [1.0]
-    assert tiny.history(trainer, "entrocraft/empty_steps") == [0.0]
+    assert tiny.history(trainer, "entrocraft/empty_steps") == [1.0]
+
+
+def test_empty_steps_counts_the_optimizer_steps_that_a_batch_is_split_into():
+    """All that is left of a batch lies in one of its two optimizer steps; the other one learns nothing."""
+    settings = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 2}
+    trainer = forced([0.0] * 8, settings)
+    fixed_advantages(trainer, [1.0] * 7 + [-1.0])
+    trainer.train()
+    assert tiny.history(trainer, "entrocraft/accepted_rollouts") == [1 / 8]
+    moved = [norm > 0 for norm in tiny.history(trainer, "grad_norm")]
+    assert sorted(moved) == [False, True]
+    assert tiny.history(trainer, "entrocraft/empty_steps") == ([1.0, 1.0] if moved[1] else [0.0, 1.0])
 
 
 REJECTIONS = [
@@ -267,7 +279,7 @@ def test_all_completions_truncated_and_masked(settings, loss_type):
     tiny.assert_same_parameters(trainer.model, before)
     assert trainer.control_memory.initial_entropy is None
     logged = {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("entrocraft/")}
-    assert logged == {"entrocraft/empty_steps": 0.0}  # no NaN, which TRL's log turns into None
+    assert logged == {"entrocraft/empty_steps": 1.0}  # no NaN, which TRL's log turns into None
 
 
 # ------------------------------------------------------------------------------------------------ the measured entropy
