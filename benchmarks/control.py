@@ -19,9 +19,6 @@ from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folde
 
 
 METHODS = ("grpo", "adaptive_bonus", "advantage_sign", "entropy_change")
-# The entropy-change rule all or nothing, as Algorithm 1 is, to see what grading it is worth.
-FULL = "entropy_change:full"
-FULL_BANDS = ("constant", "linear", "step")
 HALF_WIDTH = 0.05  # nats: every band is 0.10 nats wide
 STEPS, QUICK_STEPS = 300, 60
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
@@ -63,7 +60,7 @@ def centre_at(knots: list[tuple[float, float]], progress: float) -> float:
 
 def run_one(job: dict) -> dict:
     """One training run in this worker process; its record is read from disk if it was run before."""
-    file = Path(job["folder"]) / f"{job['method'].replace(':', '_')}-{job['band']}-{job['seed']}.json"
+    file = Path(job["folder"]) / f"{job['method']}-{job['band']}-{job['seed']}.json"
     settings = {key: job[key] for key in ("method", "band", "seed", "steps", "initial_entropy")}
     if job["method"].startswith("adaptive_bonus"):
         settings["bonus"] = list(job["bonus"])
@@ -107,11 +104,9 @@ def train(job: dict, output_dir: str) -> dict:
         trainer, config = GRPOTrainer, GRPOConfig(**common)
     else:
         trainer = EntrocraftGRPOTrainer
-        rule, _, strength = job["method"].partition(":")
         config = EntrocraftGRPOConfig(
             **common,
-            rejection_rule=rule,
-            rejection_strength=strength or "graded",
+            rejection_rule=job["method"],
             entropy_unit="nats",
             entropy_schedule="piecewise",
             entropy_knots=[f"{p}:{c - HALF_WIDTH}:{c + HALF_WIDTH}" for p, c in knots],
@@ -174,7 +169,6 @@ def jobs(folder: Path, initial: float, steps: int, seeds, bands, bonus=None) -> 
     for seed in seeds:
         rows.append({**shared, "method": "grpo", "band": "none", "seed": seed})
         rows += [{**shared, "method": m, "band": b, "seed": seed} for b in bands for m in METHODS[1:]]
-        rows += [{**shared, "method": FULL, "band": b, "seed": seed} for b in bands if b in FULL_BANDS]
     return rows
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.control import FULL, HALF_WIDTH, METHODS, band_knots, centre_at, measure, spread
+from benchmarks.control import HALF_WIDTH, METHODS, band_knots, centre_at, measure, spread
 
 
 COLUMNS = {
@@ -24,7 +24,7 @@ def write_report(folder: Path, records: list[dict], bands, initial: float, start
     rows = []
     for band in bands:
         knots = band_knots(initial)[band]
-        for method in (*METHODS, FULL):
+        for method in METHODS:
             chosen = [r for r in records if r["method"] == method and r["band"] in (band, "none")]
             if not chosen:
                 continue

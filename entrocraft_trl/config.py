@@ -11,7 +11,6 @@ from . import checks, schedule
 
 ENTROPY_UNITS = ("initial", "nats")
 REJECTION_RULES = ("advantage_sign", "entropy_change")
-REJECTION_STRENGTHS = ("graded", "full")
 ENTROPY_CHANGE_BASELINES = ("exact", "batch_mean")
 REJECTED_ROLLOUTS = ("drop", "zero_advantage")
 OUT_OF_BAND_ADVANTAGES = ("estimator", "reward")
@@ -47,10 +46,8 @@ class EntropyControlConfig:
 
         rejection_rule (`str`, defaults to `"advantage_sign"`):
             `"advantage_sign"`: Algorithm 1 of the paper. `"entropy_change"`: test the predicted entropy change of each
-            rollout instead of the sign of its advantage.
-        rejection_strength (`str`, defaults to `"graded"`):
-            For `"entropy_change"`: `"graded"` rejects as much of the wrong-way entropy change as the distance from
-            the band's centre calls for; `"full"` rejects all of it out of band and nothing inside, as Algorithm 1.
+            rollout instead of the sign of its advantage, and reject as much of what goes the wrong way as the
+            position of the entropy in its band calls for.
         entropy_change_baseline (`str`, defaults to `"exact"`):
             For `"entropy_change"`: the expected term N per token, `"exact"` at the price of one more no-grad pass, or
             `"batch_mean"`, estimated from log-probs and entropies alone.
@@ -112,14 +109,6 @@ class EntropyControlConfig:
             "help": "'advantage_sign' (Algorithm 1 of the paper) or 'entropy_change' (reject rollouts whose predicted "
             "entropy change points the wrong way).",
             "choices": REJECTION_RULES,
-        },
-    )
-    rejection_strength: str = field(
-        default="graded",
-        metadata={
-            "help": "For rejection_rule='entropy_change': 'graded' rejects as much as the distance from the band's "
-            "centre calls for, 'full' rejects every wrong-way rollout out of band and none inside.",
-            "choices": REJECTION_STRENGTHS,
         },
     )
     entropy_change_baseline: str = field(
@@ -188,7 +177,6 @@ class EntropyControlConfig:
             ("entropy_unit", ENTROPY_UNITS),
             ("entropy_schedule", schedule.SHAPES),
             ("rejection_rule", REJECTION_RULES),
-            ("rejection_strength", REJECTION_STRENGTHS),
             ("entropy_change_baseline", ENTROPY_CHANGE_BASELINES),
             ("rejected_rollouts", REJECTED_ROLLOUTS),
             ("out_of_band_advantages", OUT_OF_BAND_ADVANTAGES),

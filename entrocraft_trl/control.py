@@ -64,11 +64,6 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
 
     _config_class = EntropyControlConfig
 
-    # Graded rejection: in a band 0.1 nats wide both edges push; the gains are those of benchmarks/control.
-    graded_cushion = 0.05
-    graded_gain = 1.0
-    graded_integral_gain = 0.02
-
     def __init__(self, *args, entropy_band: Callable[[float], tuple[float, float]] | None = None, **kwargs):
         arguments = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         config = arguments.get("args")
@@ -305,12 +300,6 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             return rejection.accept_by_advantage_sign(advantages, direction), {}
         accept_all = torch.ones_like(advantages, dtype=torch.bool)
         # Each branch follows from reduced scalars, so every rank takes the same one.
-        if self.args.rejection_strength == "full":
-            if direction == 0:
-                return accept_all, {}
-            return rejection.accept_by_entropy_change(
-                self._entropy_change_scores(batch, advantages, reading), direction
-            ), {}
         if math.isnan(reading.entropy):
             return accept_all, {}
         least, most = self._allowed_change(reading.entropy, band)
@@ -318,22 +307,14 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         if (least, most) == (-1.0, 1.0):
             return accept_all, bounds
         scores = self._entropy_change_scores(batch, advantages, reading)
-        lowest, highest = rejection.graded_bounds(self.accelerator.gather(scores), least, most)
-        return (lowest <= scores) & (scores <= highest), bounds
+        keep = rejection.accept_by_entropy_change(self.accelerator.gather(scores), least, most)
+        first = self.accelerator.process_index * len(scores)
+        return keep[first : first + len(scores)], bounds
 
     def _allowed_change(self, measured: float, band: schedule.Band) -> tuple[float, float]:
         memory = self.control_memory
-        memory.change_offset = rejection.integrate_offset(
-            memory.change_offset,
-            measured,
-            *band,
-            cushion=self.graded_cushion,
-            gain=self.graded_gain,
-            integral_gain=self.graded_integral_gain,
-        )
-        return rejection.allowed_change(
-            measured, *band, cushion=self.graded_cushion, gain=self.graded_gain, offset=memory.change_offset
-        )
+        memory.change_offset = rejection.integrate_offset(memory.change_offset, measured, *band)
+        return rejection.allowed_change(measured, *band, offset=memory.change_offset)
 
     def _entropy_change_scores(
         self, batch: dict[str, Any], advantages: torch.Tensor, reading: Reading

@@ -21,14 +21,11 @@ PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BEFORE = "\n## Citations"  # heading of TRL's template that the section goes in front of
 
 RULES = {
-    ("advantage_sign", "graded"): "rollouts with a positive advantage were rejected while the entropy was below the "
-    "band, and those with a negative advantage while it was above (Algorithm 1 of the paper)",
-    ("entropy_change", "graded"): "rollouts whose predicted entropy change pointed the wrong way were rejected, as "
-    "many as the position of the entropy in its band called for",
-    ("entropy_change", "full"): "all rollouts whose predicted entropy change pointed the wrong way were rejected "
-    "while the entropy was outside the band",
+    "advantage_sign": "rollouts with a positive advantage were rejected while the entropy was below the band, and "
+    "those with a negative advantage while it was above (Algorithm 1 of the paper)",
+    "entropy_change": "rollouts whose predicted entropy change pointed the wrong way were rejected, as many as the "
+    "position of the entropy in its band called for",
 }
-RULES["advantage_sign", "full"] = RULES["advantage_sign", "graded"]  # the strength is the other rule's
 REJECTED = {
     "drop": "They left the loss and its denominator.",
     "zero_advantage": "They stayed in the loss with advantage 0.",
@@ -109,7 +106,7 @@ def describe_control(args, own_band: bool = False) -> list[str]:
     shape = "given by a function" if own_band else f"`{args.entropy_schedule}`"
     return [
         "During training the entropy of the policy was steered along a band: on each generation batch the mean "
-        f"entropy of its tokens was measured, and {RULES[args.rejection_rule, args.rejection_strength]}. "
+        f"entropy of its tokens was measured, and {RULES[args.rejection_rule]}. "
         f"{REJECTED[args.rejected_rollouts]}",
         "",
         f"Rule: `{args.rejection_rule}`; rejected rollouts: `{args.rejected_rollouts}`; schedule: {shape}.",

@@ -112,18 +112,15 @@ def entropy_change_scores(
     return advantages * torch.where(mask.bool(), sampled - expected, 0.0).sum(dim=1)
 
 
-def accept_by_entropy_change(scores: torch.Tensor, direction: int) -> torch.Tensor:
-    """
-    Entropy-change rule: accept rollout i when `m * c_i >= 0`; `c_i` from `entropy_change_scores`, else as Algorithm 1.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: Boolean keep mask.
-    """
-    return direction * scores >= 0
+# Edges push from one cushion (nats) inside the band on, so that in a band 0.1 nats wide both always do. The gains are
+# those of benchmarks/control.
+_CUSHION, _GAIN, _INTEGRAL_GAIN = 0.05, 1.0, 0.02
+# Keeps the slope finite in a band of no width; far below what a batch's entropy reading resolves (nats).
+_SMALLEST_CUSHION = 1e-3
 
 
 def allowed_change(
-    entropy: float, low: float, high: float, *, cushion: float, gain: float, offset: float = 0.0
+    entropy: float, low: float, high: float, *, cushion: float = _CUSHION, gain: float = _GAIN, offset: float = 0.0
 ) -> tuple[float, float]:
     """
     Range of predicted entropy change that the position in the band allows, each end in [-1, 1].
@@ -147,12 +144,15 @@ def allowed_change(
     return min(max(least, -1.0), 1.0), min(max(most, -1.0), 1.0)
 
 
-# Keeps the slope finite in a band of no width; far below what a batch's entropy reading resolves (nats).
-_SMALLEST_CUSHION = 1e-3
-
-
 def integrate_offset(
-    offset: float, entropy: float, low: float, high: float, *, cushion: float, gain: float, integral_gain: float
+    offset: float,
+    entropy: float,
+    low: float,
+    high: float,
+    *,
+    cushion: float = _CUSHION,
+    gain: float = _GAIN,
+    integral_gain: float = _INTEGRAL_GAIN,
 ) -> float:
     """
     The next `offset` of `allowed_change`: a slow integral of the distance from the inner edge of the cushions.
@@ -170,35 +170,37 @@ def integrate_offset(
     return min(max(offset + integral_gain * min(max(error, -1.0), 1.0), -1.0), 1.0)
 
 
-def graded_bounds(scores: torch.Tensor, least: float, most: float) -> tuple[float, float]:
+def accept_by_entropy_change(scores: torch.Tensor, least: float, most: float) -> torch.Tensor:
     """
-    Interval of scores to accept, so that the accepted rollouts' predicted change lies between `least` and `most`.
+    Entropy-change rule: accept so many rollouts that their predicted change lies between `least` and `most`.
 
     If all rollouts together already do, all are accepted. Otherwise the most wrong-way ones go first, since fewest
-    have to be rejected that way, until the rest meets the bound to within half a rollout.
+    have to be rejected that way, until the rest meets the bound to within half a rollout. Among equal scores the
+    earlier rollout goes first. At the extremes, `least=1` keeps `c_i <= 0` and `most=-1` keeps `c_i >= 0`: Algorithm 1
+    with `c_i` in place of the advantage.
 
     Args:
         scores (`torch.Tensor` of shape `(N,)`): `c_i` of all ranks' rollouts; accepting one changes entropy by `-c_i`.
         least, most (`float`): From `allowed_change`.
 
     Returns:
-        `tuple[float, float]`: Accept rollout i when `lowest <= c_i <= highest`.
+        `torch.Tensor` of shape `(N,)`: Boolean keep mask.
     """
-    changes = -scores.double()
-    rise, fall = changes.clamp(min=0).sum().item(), -changes.clamp(max=0).sum().item()
+    # On the CPU: not every device sums in float64, and all ranks must come to the same decision.
+    changes = -scores.cpu().double()
+    rise, fall = changes.clamp(min=0).sum(), -changes.clamp(max=0).sum()
     net = rise - fall
     least, most = (bound * (rise if bound > 0 else fall) for bound in (least, most))
+    keep = torch.ones_like(changes, dtype=torch.bool)
     if net < least:
-        return -float("inf"), _cutoff(scores, least - net)
-    if net > most:
-        return -_cutoff(-scores, net - most), float("inf")
-    return -float("inf"), float("inf")
+        keep[_most_negative(changes, least - net)] = False
+    elif net > most:
+        keep[_most_negative(-changes, net - most)] = False
+    return keep.to(scores.device)
 
 
-def _cutoff(scores: torch.Tensor, excess: float) -> float:
-    """Largest score to accept so that the positive scores above it sum to `excess`, to within half a rollout."""
-    wrong = scores[scores > 0].double().sort(descending=True).values
-    before = wrong.cumsum(0) - wrong
-    rejected = int((before + wrong / 2 <= excess).sum())
-    # The scores are compared in their own precision, so return one of them, or 0 if all the wrong-way ones go.
-    return wrong[rejected].item() if rejected < wrong.numel() else 0.0
+def _most_negative(changes: torch.Tensor, excess: torch.Tensor) -> torch.Tensor:
+    """Indices of the most negative of `changes`, so many that they sum to `-excess`, to within half of the last."""
+    sizes, order = (-changes).clamp(min=0).sort(descending=True, stable=True)
+    before = sizes.cumsum(0) - sizes
+    return order[(sizes > 0) & (before + sizes / 2 <= excess)]

@@ -30,7 +30,6 @@ ALLOWED = {
     "entropy_unit": ["initial", "nats"],
     "entropy_schedule": ["linear", "cosine", "constant", "piecewise", "step"],
     "rejection_rule": ["advantage_sign", "entropy_change"],
-    "rejection_strength": ["graded", "full"],
     "entropy_change_baseline": ["exact", "batch_mean"],
     "rejected_rollouts": ["drop", "zero_advantage"],
     "out_of_band_advantages": ["estimator", "reward"],

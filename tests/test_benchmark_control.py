@@ -167,7 +167,7 @@ def test_plain_grpo_runs_once_per_seed_and_every_seed_is_a_whole_table(tmp_path)
     for seed, part in enumerate((todo[:half], todo[half:])):
         assert {job["seed"] for job in part} == {seed}
         pairs = [(job["method"], job["band"]) for job in part]
-        others = {(method, band) for method in (*control.METHODS, control.FULL) if method != "grpo" for band in bands}
+        others = {(method, band) for method in control.METHODS if method != "grpo" for band in bands}
         assert len(set(pairs)) == len(pairs) and set(pairs) == {("grpo", "none")} | others
     assert all((job["steps"], job["initial_entropy"], job["bonus"]) == (60, 0.9, (1e-3, 0.1)) for job in todo)
     json.dumps(todo)  # they go to worker processes, and their records to files
@@ -209,18 +209,16 @@ def test_every_method_trains_with_the_same_arguments_towards_the_same_band(tmp_p
     expected = GRPOConfig(**shared)
     for _, args in configs.values():
         assert all(getattr(args, name) == getattr(expected, name) for name in shared if name != "output_dir")
-    assert len({args.output_dir for _, args in configs.values()}) == len(control.METHODS) + 1
+    assert len({args.output_dir for _, args in configs.values()}) == len(control.METHODS)
     assert {method: trainer for method, (trainer, _) in configs.items()} == {
         "grpo": GRPOTrainer,
         "adaptive_bonus": GRPOTrainer,
         "advantage_sign": EntrocraftGRPOTrainer,
         "entropy_change": EntrocraftGRPOTrainer,
-        "entropy_change:full": EntrocraftGRPOTrainer,
     }
-    for method in ("advantage_sign", "entropy_change", "entropy_change:full"):
+    for method in ("advantage_sign", "entropy_change"):
         args = configs[method][1]
-        rule, strength = (*method.split(":"), "graded")[:2]
-        assert (args.rejection_rule, args.rejection_strength, args.entropy_unit) == (rule, strength, "nats")
+        assert (args.rejection_rule, args.entropy_unit) == (method, "nats")
         assert tuple(args.band_at(0.5)) == pytest.approx((0.75 * 0.9 - 0.05, 0.75 * 0.9 + 0.05))
     bonus = configs["adaptive_bonus"][1]
     assert bonus.use_adaptive_entropy and (bonus.entropy_coef_delta, bonus.entropy_coef_max) == (1e-3, 0.1)

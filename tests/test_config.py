@@ -52,7 +52,6 @@ REFUSED = [
     ({"entropy_schedule_steps": 0}, ["entropy_schedule_steps", "at least 1", "0"]),
     ({"entropy_schedule_steps": -5}, ["entropy_schedule_steps", "-5"]),
     ({"rejection_rule": "coin"}, ["rejection_rule", "'advantage_sign', 'entropy_change'", "'coin'"]),
-    ({"rejection_strength": "half"}, ["rejection_strength", "'graded', 'full'", "'half'"]),
     ({"entropy_change_baseline": "none"}, ["entropy_change_baseline", "'exact', 'batch_mean'", "'none'"]),
     ({"rejected_rollouts": "keep"}, ["rejected_rollouts", "'drop', 'zero_advantage'", "'keep'"]),
     ({"out_of_band_advantages": "raw"}, ["out_of_band_advantages", "'estimator', 'reward'", "'raw'"]),
@@ -71,7 +70,6 @@ CHOICE_FIELDS = {
     "entropy_unit",
     "entropy_schedule",
     "rejection_rule",
-    "rejection_strength",
     "entropy_change_baseline",
     "rejected_rollouts",
     "out_of_band_advantages",
@@ -206,7 +204,6 @@ GOOD = {
     "entropy_schedule": "cosine",
     "entropy_schedule_steps": 100,
     "rejection_rule": "entropy_change",
-    "rejection_strength": "full",
     "entropy_change_baseline": "batch_mean",
     "rejected_rollouts": "zero_advantage",
     "min_accepted_share": 0.25,
@@ -229,9 +226,9 @@ def test_every_field_reads_the_same_from_python_yaml_and_command_line(config_cla
 
 
 def test_the_command_line_overrides_yaml():
-    arguments = ["--config", write_yaml(GOOD), "--entropy_low", "0.25", "--rejection_strength", "graded"]
+    arguments = ["--config", write_yaml(GOOD), "--entropy_low", "0.25", "--entropy_unit", "nats"]
     (config,) = TrlParser((EntrocraftGRPOConfig,)).parse_args_and_config(arguments)
-    assert config.entropy_low == [0.25] and config.rejection_strength == "graded"
+    assert config.entropy_low == [0.25] and config.entropy_unit == "nats"
     assert config.entropy_high == [0.5, 0.3]
 
 

@@ -168,10 +168,8 @@ def test_rloo_and_lora(tmp_path):
 
 
 def test_every_rule_has_its_words():
-    for rule, strength, rejected in itertools.product(
-        config.REJECTION_RULES, config.REJECTION_STRENGTHS, config.REJECTED_ROLLOUTS
-    ):
-        chosen = {"rejection_rule": rule, "rejection_strength": strength, "rejected_rollouts": rejected}
+    for rule, rejected in itertools.product(config.REJECTION_RULES, config.REJECTED_ROLLOUTS):
+        chosen = {"rejection_rule": rule, "rejected_rollouts": rejected}
         words = "\n".join(describe_control(tiny.build_config(**chosen)))
         assert f"`{rule}`" in words and f"`{rejected}`" in words
         assert ("Algorithm 1" in words) == (rule == "advantage_sign")

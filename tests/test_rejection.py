@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrocraft_trl import rejection
-from entrocraft_trl.trainer import EntropyControlMixin
 
 
 finite = st.floats(-1e6, 1e6, width=32)
@@ -142,31 +141,20 @@ def test_scores_sum_over_loss_tokens_only_even_if_padding_is_nan():
     torch.testing.assert_close(scores, torch.tensor([2 * (0.1 + 0.2 - 0.2), -(0.3 + 0.5 - 0.3)]))
 
 
-@given(scores=score_lists, direction=st.sampled_from([-1, 0, 1]))
-def test_full_rule_keeps_the_wanted_side(scores, direction):
-    keep = rejection.accept_by_entropy_change(torch.tensor(scores), direction)
-    assert keep.tolist() == [direction * score >= 0 for score in scores]
-
-
 def test_both_rules_agree_where_sampled_tokens_are_confident():
     generator = torch.Generator().manual_seed(3)
     advantages = torch.randn(64, generator=generator)
     confident = torch.rand(64, 5, generator=generator) + 0.1  # S - N > 0 on every token: the paper's condition
     scores = rejection.entropy_change_scores(advantages, confident, 0.0, torch.ones(64, 5))
-    for direction in (-1, 0, 1):
+    for direction in (-1, 1):
         by_sign = rejection.accept_by_advantage_sign(advantages, direction)
-        assert torch.equal(rejection.accept_by_entropy_change(scores, direction), by_sign)
+        assert torch.equal(rejection.accept_by_entropy_change(scores, -direction, -direction), by_sign)
 
 
 # ---------------------------------------------------------------------------------------------------- graded rejection
 
 
 CUSHION = {"cushion": 0.05, "gain": 0.5}  # a gain other than 1, which a forgotten factor would not show
-
-
-def graded_keep(scores, least, most):
-    lowest, highest = rejection.graded_bounds(scores, least, most)
-    return (lowest <= scores) & (scores <= highest)
 
 
 def predicted_share(scores, keep, least_or_most):
@@ -176,15 +164,15 @@ def predicted_share(scores, keep, least_or_most):
 
 
 @given(scores=score_lists, direction=st.sampled_from([-1, 1]))
-def test_the_extreme_demand_is_the_full_rule(scores, direction):
+def test_the_extreme_demand_keeps_one_side(scores, direction):
     scores = torch.tensor(scores).round(decimals=2)  # so that no score is lost in the rounding of the others' sum
-    keep = graded_keep(scores, -float(direction), -float(direction))
-    assert torch.equal(keep, rejection.accept_by_entropy_change(scores, direction))
+    keep = rejection.accept_by_entropy_change(scores, -float(direction), -float(direction))
+    assert keep.tolist() == [direction * score >= 0 for score in scores.tolist()]
 
 
 @given(scores=score_lists)
 def test_when_everything_is_allowed_nothing_is_rejected(scores):
-    assert graded_keep(torch.tensor(scores), -1.0, 1.0).all()
+    assert rejection.accept_by_entropy_change(torch.tensor(scores), -1.0, 1.0).all()
 
 
 bounds_pairs = st.tuples(strengths, strengths).map(sorted)
@@ -194,7 +182,7 @@ bounds_pairs = st.tuples(strengths, strengths).map(sorted)
 @given(scores=st.lists(finite, min_size=1, max_size=20, unique=True), bounds=bounds_pairs)
 def test_accepted_change_meets_the_bounds_within_half_a_rollout(scores, bounds):
     scores, (least, most) = torch.tensor(scores), bounds
-    keep = graded_keep(scores, least, most)
+    keep = rejection.accept_by_entropy_change(scores, least, most)
     changes = -scores.double()
     mass = changes.abs().sum()
     floor, ceiling = predicted_share(scores, keep, least), predicted_share(scores, keep, most)
@@ -215,24 +203,28 @@ def test_accepted_change_meets_the_bounds_within_half_a_rollout(scores, bounds):
 @given(scores=score_lists, demands=bounds_pairs)
 def test_a_stronger_demand_never_rejects_fewer(scores, demands):
     scores, (weak, strong) = torch.tensor(scores), demands
+    accept = rejection.accept_by_entropy_change
     for kept_weak, kept_strong in (
-        (graded_keep(scores, weak, 1.0), graded_keep(scores, strong, 1.0)),  # a rise of at least ...
-        (graded_keep(scores, -1.0, -weak), graded_keep(scores, -1.0, -strong)),  # a fall of at least ...
+        (
+            accept(scores, weak, 1.0),
+            accept(scores, strong, 1.0),
+        ),  # a rise of at least ...
+        (
+            accept(scores, -1.0, -weak),
+            accept(scores, -1.0, -strong),
+        ),  # a fall of at least ...
     ):
         assert (kept_weak | ~kept_strong).all(), "a rollout rejected under the weaker demand came back"
 
 
-def test_rollouts_with_equal_scores_share_one_fate():
-    keep = graded_keep(torch.tensor([1.0, 1.0, 1.0, 1.0, -2.0]), 0.5, 1.0)
-    assert keep[:4].all() or not keep[:4].any()
-
-
-def test_bounds_apply_rank_by_rank():
-    """The bounds are computed from all ranks' scores and applied per rank: the parts must make up the whole."""
-    scores = torch.randn(12, generator=torch.Generator().manual_seed(4))
-    lowest, highest = rejection.graded_bounds(scores, 0.6, 0.8)
-    parts = [(lowest <= part) & (part <= highest) for part in scores.split(5)]
-    assert torch.equal(torch.cat(parts), graded_keep(scores, 0.6, 0.8))
+@pytest.mark.parametrize(("demand", "rejected"), [(0.0, 4), (0.3, 5), (0.5, 6), (0.74, 7), (1.0, 8)])
+def test_of_equal_scores_as_many_are_rejected_as_are_called_for(demand, rejected):
+    """Eight falls of 1 and one rise of 4: with all or none of equals, a demand for balance would reject all eight."""
+    scores = torch.tensor([1.0] * 8 + [-4.0])
+    keep = rejection.accept_by_entropy_change(scores, demand, 1.0)
+    assert keep.tolist() == [False] * rejected + [True] * (9 - rejected)
+    mirrored = rejection.accept_by_entropy_change(-scores, -1.0, -demand)
+    assert torch.equal(mirrored, keep)
 
 
 offsets = st.floats(-1.0, 1.0)
@@ -280,16 +272,11 @@ def test_a_band_of_no_width_pushes_fully_on_either_side(entropy, demand):
 
 
 INTEGRAL = {**CUSHION, "integral_gain": 0.02}
-TRAINERS_OWN = {
-    "cushion": EntropyControlMixin.graded_cushion,
-    "gain": EntropyControlMixin.graded_gain,
-    "integral_gain": EntropyControlMixin.graded_integral_gain,
-}
-controllers = pytest.mark.parametrize("controller", [INTEGRAL, TRAINERS_OWN], ids=["half gain", "trainer's own"])
+controllers = pytest.mark.parametrize("controller", [INTEGRAL, {}], ids=["half gain", "trainer's own"])
 
 
 def allowed_change(entropy, low, high, controller, offset):
-    proportional = {name: controller[name] for name in ("cushion", "gain")}
+    proportional = {name: value for name, value in controller.items() if name != "integral_gain"}
     return rejection.allowed_change(entropy, low, high, **proportional, offset=offset)
 
 
@@ -472,6 +459,6 @@ def test_prediction_correlates_with_the_real_models_entropy_change_per_batch(rea
 def test_rejecting_by_entropy_change_raises_and_lowers_entropy(real_model):
     """What the rule is for: of the same rollouts, the accepted ones move entropy the wanted way."""
     for direction in (-1, 1):
-        keep = rejection.accept_by_entropy_change(real_model.scores, direction)
+        keep = rejection.accept_by_entropy_change(real_model.scores, -direction, -direction)
         change = real_model.entropy_change(keep.nonzero().flatten().tolist())
         assert change * direction < 0, f"direction {direction} moved entropy by {change}"

@@ -246,7 +246,7 @@ REJECTIONS = [
     {},
     {"rejected_rollouts": "zero_advantage"},
     {"rejection_rule": "entropy_change"},
-    {"rejection_rule": "entropy_change", "rejection_strength": "full", "entropy_change_baseline": "batch_mean"},
+    {"rejection_rule": "entropy_change", "entropy_change_baseline": "batch_mean"},
     {"entropy_aggregation": "sequence"},
 ]
 
@@ -372,7 +372,7 @@ def count_passes(trainer):
         ({"num_iterations": 2}, 1, 0),
         ({"beta": 0.1}, 1, 1),
         ({"beta": 0.1, "num_iterations": 2}, 1, 1),
-        ({"rejection_rule": "entropy_change", "rejection_strength": "full"}, 2, 0),  # one more at half temperature
+        ({"rejection_rule": "entropy_change"}, 2, 0),  # one more at half temperature
         ({"rejection_rule": "entropy_change", "entropy_change_baseline": "batch_mean"}, 1, 0),
     ],
 )
@@ -687,7 +687,6 @@ def test_entropy_change_rule_against_raw_logits():
     rewards = [float(index % 3 == 0) + 0.1 * index for index in range(16)]
     settings = {
         "rejection_rule": "entropy_change",
-        "rejection_strength": "full",
         "temperature": temperature,
         "per_device_train_batch_size": 16,
         "log_completions": True,

@@ -66,8 +66,8 @@ CASES = {
     "micro_batch_token_means": {"loss_type": "bnpo"},
     "floor": {"min_accepted_share": 0.75},
     "nothing_accepted": {"out_of_band_advantages": "reward", "reward_coding": "zero_one", "plan": EMPTY},
-    "entropy_change_graded": {**ENTROPY_CHANGE, "plan": GRADED},
-    "entropy_change_full": {**ENTROPY_CHANGE, "rejection_strength": "full", "entropy_change_baseline": "batch_mean"},
+    "entropy_change": {**ENTROPY_CHANGE, "plan": GRADED},
+    "entropy_change_batch_mean": {**ENTROPY_CHANGE, "entropy_change_baseline": "batch_mean"},
     "lora": {"lora": True},
     "lora_zero_advantage": {"lora": True, "rejected_rollouts": "zero_advantage"},
     "lora_everything": {
@@ -77,7 +77,7 @@ CASES = {
         "gradient_checkpointing": True,
         "max_grad_norm": 0.1,
     },
-    "lora_entropy_change_graded": {"lora": True, **ENTROPY_CHANGE, "plan": GRADED},
+    "lora_entropy_change": {"lora": True, **ENTROPY_CHANGE, "plan": GRADED},
 }
 
 ROLLOUTS = tiny.random_rollouts(STEPS * ROWS, seed=5)

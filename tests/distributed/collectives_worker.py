@@ -72,13 +72,8 @@ RULES = {
     "advantage_sign": {},
     "advantage_sign_zero_advantage": {"rejected_rollouts": "zero_advantage"},
     "advantage_sign_reward": {"out_of_band_advantages": "reward", "reward_coding": "zero_one"},
-    "entropy_change_full": {"rejection_rule": "entropy_change", "rejection_strength": "full"},
-    "entropy_change_batch_mean": {
-        "rejection_rule": "entropy_change",
-        "rejection_strength": "full",
-        "entropy_change_baseline": "batch_mean",
-    },
-    "entropy_change_graded": {"rejection_rule": "entropy_change"},
+    "entropy_change": {"rejection_rule": "entropy_change"},
+    "entropy_change_batch_mean": {"rejection_rule": "entropy_change", "entropy_change_baseline": "batch_mean"},
 }
 
 

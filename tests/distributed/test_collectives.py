@@ -1,8 +1,9 @@
 """
-What entropy control adds to the communication of a generation batch: two sums of a handful of scalars.
+What entropy control adds to the communication of a generation batch: three sums of a handful of scalars.
 
-One sum makes the entropy reading, the other the counts of what was kept. The graded rule, which ranks the rollouts of
-all ranks by score, gathers one float per rollout besides.
+One sum makes the entropy reading, one the counts of what was kept, and one, in each optimizer step, says whether any
+rollout teaches something. The entropy-change rule, which ranks the rollouts of all ranks by score, gathers one float
+per rollout besides.
 """
 
 from collections import Counter
@@ -17,11 +18,10 @@ RULES = (
     "advantage_sign",
     "advantage_sign_zero_advantage",
     "advantage_sign_reward",
-    "entropy_change_full",
+    "entropy_change",
     "entropy_change_batch_mean",
-    "entropy_change_graded",
 )
-HANDFUL = 24  # numbers in both sums together; they are 18 now
+HANDFUL = 24  # numbers in all sums together; they are 20 now
 ROWS_OF_A_RANK = cases.ROWS // cases.RANKS
 
 
@@ -50,22 +50,22 @@ def test_every_rank_makes_the_same_calls_in_the_same_order(ranks, rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_two_small_sums_are_added_whatever_was_accepted(ranks, rule):
+def test_three_small_sums_are_added_whatever_was_accepted(ranks, rule):
     assert len(set(ranks[0]["accepted"][rule])) >= 2  # or "whatever was accepted" would say nothing
     steps = added_calls(ranks[0], rule)
-    assert [len(sums_of(step)) for step in steps] == [2] * cases.STEPS
+    assert [len(sums_of(step)) for step in steps] == [3] * cases.STEPS
     assert len({tuple(sums_of(step)) for step in steps}) == 1  # their sizes do not depend on the batch
     assert sum(sums_of(steps[0])) <= HANDFUL
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_only_the_graded_rule_gathers_a_float_per_rollout(ranks, rule):
+def test_only_the_entropy_change_rule_gathers_a_float_per_rollout(ranks, rule):
     gathered = [
         sorted(call for call in step.elements() if not call.startswith("all_reduce "))
         for step in added_calls(ranks[0], rule)
     ]
     one_gather = [f"all_gather {ROWS_OF_A_RANK}"]
-    if rule == "entropy_change_graded":
+    if rule.startswith("entropy_change"):
         # The fourth step is deep inside its band, where nothing can be rejected and nothing needs ranking.
         assert gathered == [one_gather, one_gather, one_gather, [], one_gather, one_gather]
     else:
