@@ -43,10 +43,14 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
     trainers do: put it before the trainer among the bases, and pass a config that mixes in [`EntropyControlConfig`].
 
     Two methods of the parent change what they return: `_generate_and_score_completions` measures the batch entropy,
-    compares it with the band and takes the rejected rollouts out of the loss inputs; `_compute_loss` weighs row means
+    compares it with the band and takes the rejected rollouts out of the loss inputs; `compute_loss` weighs row means
     by the rows that are left. Two more only listen: to the old-policy pass and to the rewards. Evaluation is never
     filtered, and reports what [`EvaluationMetricsMixin`] adds. A band that is never left gives the parent's training
     bit for bit. [`ExactResumeMixin`] resumes exactly and stops on SIGTERM.
+
+    A trainer with a `_compute_loss` of its own says in a class attribute `loss_normaliser` what that divides by (see
+    [`loss_inputs.NORMALISERS`]), so that `rejected_rollouts="drop"` can weigh it. The loss has to mask tokens by
+    `completion_mask * tool_mask`, as TRL's do, and all that it returns is weighed.
 
     Args:
         entropy_band (`Callable[[float], tuple[float, float]]`, *optional*):
@@ -54,10 +58,11 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             the config. All other arguments are the parent's.
 
     Raises:
-        TypeError: If `args` is not an entropy-control config.
+        TypeError: If `args` is not an entropy-control config; or, with `rejected_rollouts="drop"`, if a loss of one's
+            own has no `loss_normaliser`.
         ValueError: If `entropy_band` returns an invalid band, or `entropy_source="sampling"` has no engine that
-            returns log-probs; or if `train_dataset` has too few rows, no prompts, or an empty one. All before a model
-            loads.
+            returns log-probs; or if `train_dataset` has too few rows, no prompts, or an empty one; or, with
+            `rejected_rollouts="drop"`, if `loss_type` or `loss_normaliser` is unknown. All before a model loads.
     """
 
     _config_class = EntropyControlConfig
@@ -86,6 +91,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
                 "entropy_source='sampling' needs a rollout engine that returns log-probs, got use_vllm=False and no "
                 "rollout_func; use entropy_source='policy'."
             )
+        if config.rejected_rollouts == "drop":
+            loss_inputs.loss_normaliser(type(self), config)
         check_training_rows(arguments.get("train_dataset"), config.generation_batch_size // config.num_generations)
         self._entropy_band = entropy_band or config.band_at
         self._captured_passes: list[entropy.PolicyPass] | None = None
@@ -154,9 +161,13 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             self._captured_rewards = weighted
         return rewards
 
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
-        return loss * loss_inputs.micro_batch_weight(inputs, getattr(self, "loss_type", "rloo"))
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # Not in `_compute_loss`: a subclass that computes a loss of its own there would leave the weight out.
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if loss_inputs.KEPT not in inputs:
+            return loss
+        normaliser = loss_inputs.loss_normaliser(type(self), self.args)
+        return loss * loss_inputs.micro_batch_weight(inputs, normaliser)
 
     # ----------------------------------------------------------------------------------- measure, decide, edit, report
 

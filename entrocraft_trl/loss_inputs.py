@@ -3,18 +3,74 @@
 from typing import Any
 
 import torch
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 # Keys that ride with the loss inputs through TRL's shuffle and split, to be read by `micro_batch_weight`.
 KEPT = "entrocraft_kept"
 ROW_SCALE = "entrocraft_row_scale"
 
-# How TRL normalises each loss. Token losses divide by `num_items_in_batch`; row losses average over all rows of a
-# micro-batch, rejected ones included; `bnpo` averages over the unmasked tokens of the micro-batch.
-TOKEN_NORMALISED_LOSSES = ("dapo", "cispo", "vespo")
-ROW_NORMALISED_LOSSES = ("grpo", "dr_grpo", "sapo", "luspo", "rloo")
-LOCAL_TOKEN_NORMALISED_LOSSES = ("bnpo",)
-LOSS_TYPES = TOKEN_NORMALISED_LOSSES + ROW_NORMALISED_LOSSES + LOCAL_TOKEN_NORMALISED_LOSSES
+# What a loss divides by, in the words of a trainer's `loss_normaliser`.
+NORMALISERS = {
+    "tokens": "by inputs['num_items_in_batch']",
+    "rows": "by the rows of the micro-batch, rejected ones included",
+    "local_tokens": "by the loss tokens of the micro-batch",
+    "loss_type": "as TRL's loss of that loss_type does",
+}
+TRL_LOSSES = {GRPOTrainer: "loss_type", RLOOTrainer: "rows"}
+LOSS_TYPES = {
+    "dapo": "tokens",
+    "cispo": "tokens",
+    "vespo": "tokens",
+    "grpo": "rows",
+    "dr_grpo": "rows",
+    "sapo": "rows",
+    "luspo": "rows",
+    "bnpo": "local_tokens",
+}
+
+
+def loss_normaliser(trainer_class: type, args: GRPOConfig | RLOOConfig) -> str:
+    """
+    What the loss of `trainer_class` divides by: `"tokens"`, `"rows"` or `"local_tokens"`.
+
+    The class that defines `_compute_loss`, or one before it in the order of inheritance, says so in a class attribute
+    `loss_normaliser`, one of `NORMALISERS`; TRL's own losses are known. A declaration further up does not count: it is
+    about a loss that was replaced.
+
+    Args:
+        trainer_class (`type`): Class of the trainer.
+        args (`GRPOConfig` or `RLOOConfig`): Its `loss_type` is read where the loss is that of TRL's `GRPOTrainer`.
+
+    Raises:
+        TypeError: If the loss is of someone's own and nobody declares its normaliser.
+        ValueError: If the declared normaliser or the `loss_type` is unknown.
+    """
+    for cls in trainer_class.__mro__:
+        declared = vars(cls).get("loss_normaliser", TRL_LOSSES.get(cls))
+        if declared is not None:
+            break
+        if "_compute_loss" in vars(cls):
+            choices = "; ".join(f"{name!r}: {meaning}" for name, meaning in NORMALISERS.items())
+            raise TypeError(
+                f"{cls.__name__} computes a loss of its own, and rejected_rollouts='drop' has to know what it divides "
+                f'by. Add to {trainer_class.__name__} the line\n    loss_normaliser = "rows"\nor what is right of '
+                f"{choices}. Or use rejected_rollouts='zero_advantage'."
+            )
+    if declared not in NORMALISERS:
+        raise ValueError(
+            f"{trainer_class.__name__}.loss_normaliser must be one of {', '.join(map(repr, NORMALISERS))}, got "
+            f"{declared!r}."
+        )
+    if declared != "loss_type":
+        return declared
+    loss_type = getattr(args, "loss_type", None)
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(
+            f"rejected_rollouts='drop' has to know what the loss divides by, got loss_type={loss_type!r}; known are "
+            f"{', '.join(map(repr, LOSS_TYPES))}."
+        )
+    return LOSS_TYPES[loss_type]
 
 
 def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
@@ -69,20 +125,20 @@ def drop_rollouts(
     return dropped
 
 
-def micro_batch_weight(inputs: dict[str, Any], loss_type: str) -> torch.Tensor | float:
+def micro_batch_weight(inputs: dict[str, Any], normaliser: str) -> torch.Tensor | float:
     """
     Factor for a micro-batch's loss after `drop_rollouts`, so that rows weigh as in a batch of accepted rollouts.
 
-    TRL's row means run over the `B` rows of the micro-batch, rejected ones included, so they are too small by the
-    accepted share of the generation batch. `bnpo` averages over the tokens left in the micro-batch, and counts for as
-    many rows as it has left.
+    Row means run over the `B` rows of the micro-batch, rejected ones included, so they are too small by the accepted
+    share of the generation batch. Means over the tokens left in the micro-batch count for as many rows as it has left.
+    Sums over `num_items_in_batch` are right already: `drop_rollouts` has recounted it.
 
     Args:
         inputs (`dict`): Loss inputs of the micro-batch.
-        loss_type (`str`): One of `LOSS_TYPES`.
+        normaliser (`str`): What `loss_normaliser` returns.
     """
-    if ROW_SCALE not in inputs or loss_type in TOKEN_NORMALISED_LOSSES:
+    if normaliser == "tokens":
         return 1.0
-    if loss_type in LOCAL_TOKEN_NORMALISED_LOSSES:
+    if normaliser == "local_tokens":
         return inputs[ROW_SCALE] * inputs[KEPT].float().mean()
     return inputs[ROW_SCALE]

@@ -34,7 +34,7 @@ TRAINERS = [trainer for trainer, _ in PARENTS]
     ("method", "parameters"),
     [
         ("_generate_and_score_completions", ["self", "inputs"]),
-        ("_compute_loss", ["self", "model", "inputs"]),
+        ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
     ],
 )
@@ -183,7 +183,7 @@ def test_attributes(trainer_class, config_class):
         "TRL no longer logs advantages while preparing loss inputs; trainer._log_kept_column rewrites their tail"
     )
     if trainer_class is GRPOTrainer:
-        assert trainer.loss_type == "dapo", "trainer._compute_loss reads loss_type; TRL's default was dapo"
+        assert trainer.args.loss_type == "dapo", "loss_inputs reads args.loss_type; TRL's default was dapo"
 
 
 @pytest.mark.parametrize(("trainer_class", "config_class"), PARENTS)
@@ -215,7 +215,7 @@ def test_batch_edits_survive_shuffle_and_split():
 
 def test_known_loss_types_are_trls():
     source = inspect.getsource(GRPOTrainer._compute_loss)
-    for loss_type in set(loss_inputs.LOSS_TYPES) - {"rloo"}:
+    for loss_type in loss_inputs.LOSS_TYPES:
         assert f'"{loss_type}"' in source, f"TRL lost the loss {loss_type!r}; loss_inputs.py has its normaliser"
     for loss_type in re.findall(r'self\.loss_type == "(\w+)"', source):
         assert loss_type in loss_inputs.LOSS_TYPES, f"TRL has a new loss {loss_type!r}; loss_inputs.py must learn it"
