@@ -10,6 +10,10 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 KEPT = "entrocraft_kept"
 ROW_SCALE = "entrocraft_row_scale"
 
+# What the loss reads of a rejected row in place of its values, so that its terms stay finite however far the policy
+# moves: log-probs are at most 0, hence importance ratios at most 1. An infinite term times a mask of 0 is NaN.
+HARMLESS = {"old_per_token_logps": 0.0, "old_logps": 0.0, "importance_sampling_ratio": 1.0}
+
 # What a loss divides by, in the words of a trainer's `loss_normaliser`.
 NORMALISERS = {
     "tokens": "by inputs['num_items_in_batch']",
@@ -115,10 +119,9 @@ def drop_rollouts(
     if "num_items_in_batch" in inputs:
         # A float: TRL's count is an integer, and a floor on the accepted share is not.
         dropped["num_items_in_batch"] = torch.tensor(float(token_normaliser), device=keep.device)
-    if "old_logps" in inputs:
-        # RLOO sums log-probs over the masked row, which is now 0; against the old sum the ratio could overflow to inf,
-        # and inf times the zero advantage is NaN.
-        dropped["old_logps"] = inputs["old_logps"].masked_fill(~keep, 0.0)
+    for key in HARMLESS.keys() & inputs.keys():
+        dropped[key] = inputs[key].clone()
+        dropped[key][~keep] = HARMLESS[key]
     dropped[KEPT] = keep
     scale = 1.0 / row_normaliser_share if row_normaliser_share > 0 else 0.0
     dropped[ROW_SCALE] = torch.tensor(scale, device=keep.device)

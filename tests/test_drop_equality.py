@@ -202,13 +202,17 @@ def check(loss_type, settings, direction, reference_folder, *, lora=False, env_m
         micro_batches = [[row_of[key] for key in micro_batch] for micro_batch in keys]
         expected = expected_gradient(plain, loss_type, weights, copy.copy(batch), micro_batches, accepted, windows)
         assert any(gradient.abs().max() > 1e-4 for gradient in expected.values()), "nothing to compare"
-        for name, gradient in gradients.items():
-            size = max(expected[name].abs().max().item(), 1e-3)
-            # float32 sums in another order: a few parts in 1e6 of the largest entry
-            torch.testing.assert_close(
-                gradient, expected[name], rtol=1e-4, atol=2e-5 * size, msg=lambda text, name=name: f"{name}: {text}"
-            )
+        assert_same_gradients(gradients, expected)
     return ours, recorder, batch, accepted
+
+
+def assert_same_gradients(gradients, expected):
+    for name, gradient in gradients.items():
+        size = max(expected[name].abs().max().item(), 1e-3)
+        # float32 sums in another order: a few parts in 1e6 of the largest entry
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-4, atol=2e-5 * size, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])  # the KL term of a rejected rollout leaves with it
@@ -287,6 +291,37 @@ def test_min_accepted_share_caps_the_step(loss_type, share, reference_folder):
     assert share < 0.5 or factor < 1
     for name, gradient in gradients[share].items():
         torch.testing.assert_close(gradient, gradients[0.0][name] * factor, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_logged_loss_when_a_rejected_rollout_holds_a_very_unlikely_token(loss_type, reference_folder):
+    """The ratio against the old policy overflows where one of the two log-probs is gone: exp(89) is no float32."""
+    rollouts = tiny.random_rollouts(8)
+    settings = {**SPLITS["1x8"], "loss_type": loss_type, "num_iterations": 2}  # TRL runs the old-policy pass
+    ours, plain = (
+        build(trainer_class, config_class, settings, rollouts, reference_folder, **band)
+        for trainer_class, config_class, band in (
+            (EntrocraftGRPOTrainer, EntrocraftGRPOTrainer._config_class, tiny.TOO_LOW),
+            (GRPOTrainer, GRPOConfig, {}),
+        )
+    )
+    for trainer in (ours, plain):
+        trainer.model.lm_head.weight.data.mul_(60.0)  # from nearly uniform to nearly deterministic
+    recorder = Recorder()
+    ours.add_callback(recorder)
+    ours.train()
+
+    plain.model.train()
+    batch = plain._generate_and_score_completions(tiny.generation_inputs(plain))
+    rejected = batch["advantages"] > 0
+    assert batch["old_per_token_logps"][rejected].min() < -89, "the case needs a token of probability exp(-89)"
+    rows = (~rejected).nonzero().flatten().tolist()
+    ((weights, gradients),) = recorder.steps
+    tokens = loss_tokens(select(batch, rows))
+    assert_same_gradients(gradients, plain_gradient(plain, weights, batch, rows, tokens))
+    inputs = {**select(batch, rows), "num_items_in_batch": tokens}
+    expected = plain._compute_loss(plain.model, inputs).item()
+    assert tiny.history(ours, "loss") == [pytest.approx(expected, rel=1e-5)]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])

@@ -61,6 +61,16 @@ def test_drop_masks_rows_and_recounts():
     assert all(edited[key] is inputs[key] for key in untouched)
 
 
+def test_drop_leaves_no_ratio_that_could_overflow():
+    """Ratios come token by token from GRPO, row by row from RLOO and from vLLM's sequence modes."""
+    tokens = torch.full((4, 3), -200.0)
+    extra = {"old_per_token_logps": tokens, "importance_sampling_ratio": torch.full((4, 1), torch.inf)}
+    edited = drop(build_inputs(**extra))
+    assert edited["old_per_token_logps"].tolist() == [[0.0] * 3, [-200.0] * 3] * 2
+    assert edited["importance_sampling_ratio"].tolist() == [[1.0], [torch.inf]] * 2
+    assert (tokens == -200).all(), "the given inputs were changed"
+
+
 def test_a_fractional_token_normaliser_is_not_rounded():
     """`min_accepted_share` times the tokens is rarely a whole number; TRL's own count is an integer tensor."""
     inputs = build_inputs()
