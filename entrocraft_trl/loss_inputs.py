@@ -11,8 +11,14 @@ KEPT = "entrocraft_kept"
 ROW_SCALE = "entrocraft_row_scale"
 
 # What the loss reads of a rejected row in place of its values, so that its terms stay finite however far the policy
-# moves: log-probs are at most 0, hence importance ratios at most 1. An infinite term times a mask of 0 is NaN.
-HARMLESS = {"old_per_token_logps": 0.0, "old_logps": 0.0, "importance_sampling_ratio": 1.0}
+# moves: an infinite term times a mask or an advantage of 0 is NaN. Log-probs are at most 0, hence importance ratios at
+# most 1; the KL term exp(r - l) - (r - l) - 1 is finite for all l above r.
+HARMLESS = {
+    "old_per_token_logps": 0.0,
+    "old_logps": 0.0,
+    "importance_sampling_ratio": 1.0,
+    "ref_per_token_logps": -1e30,
+}
 
 # What a loss divides by, in the words of a trainer's `loss_normaliser`.
 NORMALISERS = {
@@ -104,6 +110,10 @@ def drop_rollouts(
     Rows are masked rather than deleted, so that all ranks and all micro-batches keep their shapes: ranks with
     different row counts abort or hang in TRL's metric gathers. `micro_batch_weight` corrects the row means.
 
+    The mask is `tool_mask`, which GRPO's loss reads and the model does not. Multimodal models place images by the
+    attention mask: without a rejected row's images the next row would take their shapes. RLOO's loss reads no mask but
+    the model's; there the advantage of 0 alone rejects, and the KL penalty is part of it.
+
     Args:
         inputs (`dict`): Loss inputs of this rank, `B` rows. Not modified.
         keep (`torch.Tensor` of shape `(B,)`): Boolean keep mask of this rank's rows.
@@ -114,8 +124,8 @@ def drop_rollouts(
         `dict`: New loss inputs; a rejected row adds exactly 0 to the loss and to its gradient.
     """
     dropped = zero_advantages(inputs, keep)
-    mask = inputs["completion_mask"]
-    dropped["completion_mask"] = mask * keep.unsqueeze(1).to(mask.dtype)
+    tool_mask = inputs.get("tool_mask", torch.ones_like(inputs["completion_mask"]))
+    dropped["tool_mask"] = tool_mask * keep.unsqueeze(1).to(tool_mask.dtype)
     if "num_items_in_batch" in inputs:
         # A float: TRL's count is an integer, and a floor on the accepted share is not.
         dropped["num_items_in_batch"] = torch.tensor(float(token_normaliser), device=keep.device)

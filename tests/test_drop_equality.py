@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
+from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer, loss_inputs
 
 
 TOKEN_LOSSES = ["dapo", "cispo", "vespo"]
@@ -324,6 +324,62 @@ def test_the_logged_loss_when_a_rejected_rollout_holds_a_very_unlikely_token(los
     assert tiny.history(ours, "loss") == [pytest.approx(expected, rel=1e-5)]
 
 
+def loss_and_gradient(trainer, inputs, logps):
+    """Of the log-probs, with `logps` in place of the model's."""
+    leaf = logps.clone().requires_grad_()
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (leaf, torch.ones_like(leaf), None)
+    trainer.current_gradient_accumulation_steps = 1  # set by transformers at each step
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize(
+    ("settings", "classes"),
+    [
+        *(({"loss_type": name}, GRPO) for name in LOSSES),
+        ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, GRPO),
+        ({"loss_type": "grpo", "use_bias_correction_kl": True}, GRPO),
+        ({"loss_type": "dapo", "off_policy_mask_threshold": 0.5}, GRPO),
+        ({}, RLOO),
+    ],
+)
+def test_nothing_of_a_rejected_rollout_reaches_loss_or_gradient(settings, classes):
+    """Log-probs that differ from the old policy's, the reference's and the engine's by more than float32 can hold."""
+    *_, trainer_class = classes
+    args = tiny.build_config(trainer_class._config_class, **{"beta": 0.0, **settings})
+    trainer = tiny.build_trainer(trainer_class, args=args)
+    trainer.beta = 0.1  # of GRPO's loss; the tensors below take the place of a reference model
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = classes is GRPO
+    keep = torch.tensor([True, False, True, False])
+    results = []
+    for rejected_logps, others in ((-1.0, -1.0), (-1.0, -1e4), (-1e4, -1.0)):
+        values = torch.linspace(-2.0, -1.0, 12).view(4, 3)
+        logps, others = (torch.where(keep.unsqueeze(1), values, value) for value in (rejected_logps, others))
+        inputs = {
+            "prompt_ids": torch.ones(4, 2, dtype=torch.long),
+            "prompt_mask": torch.ones(4, 2, dtype=torch.long),
+            "completion_ids": torch.ones(4, 3, dtype=torch.long),
+            "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 1]]),
+            "advantages": torch.tensor([1.0, 2.0, -1.0, -2.0]),
+        }
+        if classes is RLOO:
+            inputs["old_logps"] = (others * inputs["completion_mask"]).sum(1)
+        else:
+            inputs |= {
+                "num_items_in_batch": torch.tensor(10),
+                "old_per_token_logps": others,
+                "ref_per_token_logps": others,
+                "sampling_per_token_logps": others,
+                "importance_sampling_ratio": torch.where(keep.unsqueeze(1), 1.0, (others + 1).abs().exp()),
+            }
+        edited = loss_inputs.drop_rollouts(inputs, keep, token_normaliser=5.0, row_normaliser_share=0.5)
+        results.append(loss_and_gradient(trainer, edited, logps))
+    for loss, gradient in results:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1]) and gradient[keep].any() and not gradient[~keep].any()
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.2])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_zero_advantage_is_plain_grpo_with_zeroed_advantages(loss_type, beta, reference_folder):
@@ -364,7 +420,7 @@ def test_out_of_band_rewards_replace_the_advantages(coding, reference_folder):
     ours.state.max_steps = 1
     batch = ours._generate_and_score_completions(tiny.generation_inputs(ours))
     assert batch["advantages"].tolist() == [-1.0, -1.0, -1.0, -1.0, 0.0, -1.0, 0.0, 0.0]
-    assert batch["completion_mask"].sum(1).bool().tolist() == [True] * 4 + [False, True, False, False]
+    assert batch["tool_mask"].sum(1).bool().tolist() == [True] * 4 + [False, True, False, False]
 
 
 def test_out_of_band_rewards_refuse_other_rewards(reference_folder):
