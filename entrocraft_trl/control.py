@@ -163,11 +163,16 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         # Not in `_compute_loss`: a subclass that computes a loss of its own there would leave the weight out.
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if loss_inputs.KEPT not in inputs:
-            return loss
-        normaliser = loss_inputs.loss_normaliser(type(self), self.args)
-        return loss * loss_inputs.micro_batch_weight(inputs, normaliser)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        weight = loss_inputs.micro_batch_weight(inputs, loss_inputs.loss_normaliser(type(self), self.args))
+        # TRL adds the router loss of a mixture of experts inside; it is no mean over the rollouts that are left.
+        coefficient = self.router_aux_loss_coef
+        self.router_aux_loss_coef = coefficient / weight
+        try:
+            return weight * super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.router_aux_loss_coef = coefficient
 
     # ----------------------------------------------------------------------------------- measure, decide, edit, report
 

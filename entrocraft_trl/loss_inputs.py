@@ -118,7 +118,8 @@ def drop_rollouts(
         inputs (`dict`): Loss inputs of this rank, `B` rows. Not modified.
         keep (`torch.Tensor` of shape `(B,)`): Boolean keep mask of this rank's rows.
         token_normaliser (`float`): Loss tokens that the accepted rollouts of all ranks hold.
-        row_normaliser_share (`float`): Share of all ranks' rollouts by which row means are normalised; 0 if none.
+        row_normaliser_share (`float`): Share of all ranks' rollouts by which row means are normalised; 0 if none is
+            accepted and no floor is set, which leaves a loss of 0 for any scale.
 
     Returns:
         `dict`: New loss inputs; a rejected row adds exactly 0 to the loss and to its gradient.
@@ -133,14 +134,15 @@ def drop_rollouts(
         dropped[key] = inputs[key].clone()
         dropped[key][~keep] = HARMLESS[key]
     dropped[KEPT] = keep
-    scale = 1.0 / row_normaliser_share if row_normaliser_share > 0 else 0.0
+    scale = 1.0 / row_normaliser_share if row_normaliser_share > 0 else 1.0
     dropped[ROW_SCALE] = torch.tensor(scale, device=keep.device)
     return dropped
 
 
 def micro_batch_weight(inputs: dict[str, Any], normaliser: str) -> torch.Tensor | float:
     """
-    Factor for a micro-batch's loss after `drop_rollouts`, so that rows weigh as in a batch of accepted rollouts.
+    Factor above 0 for a micro-batch's loss after `drop_rollouts`, so that rows weigh as in a batch of accepted
+    rollouts. Where none is left the loss is 0 for any factor.
 
     Row means run over the `B` rows of the micro-batch, rejected ones included, so they are too small by the accepted
     share of the generation batch. Means over the tokens left in the micro-batch count for as many rows as it has left.
@@ -153,5 +155,6 @@ def micro_batch_weight(inputs: dict[str, Any], normaliser: str) -> torch.Tensor 
     if normaliser == "tokens":
         return 1.0
     if normaliser == "local_tokens":
-        return inputs[ROW_SCALE] * inputs[KEPT].float().mean()
+        kept = inputs[KEPT]
+        return inputs[ROW_SCALE] * kept.sum().clamp(min=1) / len(kept)
     return inputs[ROW_SCALE]

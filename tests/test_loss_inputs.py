@@ -149,10 +149,11 @@ def test_a_rejected_image_leaves_the_images_of_the_next_rollout_in_place():
     torch.testing.assert_close(logits_of_the_kept(edited), logits_of_the_kept(inputs), rtol=0, atol=0)
 
 
-def test_nothing_left_has_weight_zero_and_no_nan():
+def test_nothing_left_has_a_finite_weight_above_zero():
+    """The loss is 0 by its masks, and what it does not scale (a router loss) is divided by the weight."""
     edited = drop(build_inputs(), torch.zeros(4, dtype=torch.bool), 0.0, 0.0)
-    for normaliser in ("rows", "local_tokens"):
-        assert float(loss_inputs.micro_batch_weight(edited, normaliser)) == 0.0
+    assert float(loss_inputs.micro_batch_weight(edited, "rows")) == 1.0
+    assert float(loss_inputs.micro_batch_weight(edited, "local_tokens")) == 0.25  # as if one row of four were left
 
 
 @given(keep=st.lists(st.booleans(), min_size=8, max_size=8).filter(any), chunks=st.sampled_from([1, 2, 4]))

@@ -166,6 +166,7 @@ def test_attributes(trainer_class, config_class):
         "reward_weights": "trainer._calculate_rewards",
         "temperature": "half_temperature_head",
         "log_completions": "trainer._log_kept_column",
+        "router_aux_loss_coef": "control.compute_loss",
         "accelerator": "trainer._measure",
         "model": "trainer._measure",
         "_metrics": "trainer._edit_and_report",
