@@ -105,7 +105,13 @@ def drop_rollouts(
     inputs: dict[str, Any], keep: torch.Tensor, *, token_normaliser: float, row_normaliser_share: float
 ) -> dict[str, Any]:
     """
-    Take rejected rollouts out of the loss, its denominator and its KL term (arXiv 2604.26326, Eq. 5).
+    Take rejected rollouts out of the loss, its denominator and its KL term (after arXiv 2604.26326, Eq. 5).
+
+    Eq. 5 divides by the accepted rollouts of each question, and then takes the mean over questions. Here the whole
+    generation batch, on all ranks, has one normaliser: the accepted rollouts of all questions, or their tokens,
+    whichever the loss counts. So do TRL's losses, and the step is the one that TRL takes on the accepted rollouts
+    alone. Each of them weighs the same; in Eq. 5 the only one left of a question weighs as much as all that are left
+    of another, and a question with none is 0 / 0. Both agree if every question has as many left.
 
     Rows are masked rather than deleted, so that all ranks and all micro-batches keep their shapes: ranks with
     different row counts abort or hang in TRL's metric gathers. `micro_batch_weight` corrects the row means.
