@@ -52,11 +52,13 @@ class EntropyControlConfig:
             For `"entropy_change"`: the expected term N per token, `"exact"` at the price of one more no-grad pass, or
             `"batch_mean"`, estimated from log-probs and entropies alone.
         rejected_rollouts (`str`, defaults to `"drop"`):
-            `"drop"`: rejected rollouts leave the loss, its denominator and its KL term (Eq. 5). `"zero_advantage"`:
-            they stay with advantage 0 (official code).
+            `"drop"`: rejected rollouts leave the loss, its denominator and its KL term (as in Eq. 5, whose denominator
+            is each question's; here it is the generation batch's). `"zero_advantage"`: they stay with advantage 0
+            (official code).
         min_accepted_share (`float`, defaults to `0.0`):
             With `"drop"`: the normaliser never counts less than this share of the batch, so that a step that rests on
-            a handful of rollouts is not blown up to full size. 0 is Eq. 5 to the letter.
+            a handful of rollouts is not blown up to full size. 0: it counts the accepted rollouts of the generation
+            batch and no more.
         out_of_band_advantages (`str`, defaults to `"estimator"`):
             `"estimator"`: the trainer's own advantages. `"reward"`: out of band, the raw +1/-1 reward replaces them
             (official code).
@@ -122,8 +124,8 @@ class EntropyControlConfig:
     rejected_rollouts: str = field(
         default="drop",
         metadata={
-            "help": "'drop': rejected rollouts leave the loss, its denominator and its KL term (Eq. 5). "
-            "'zero_advantage': they stay with advantage 0 (official code).",
+            "help": "'drop': rejected rollouts leave the loss, its denominator and its KL term (Eq. 5, over the "
+            "batch). 'zero_advantage': they stay with advantage 0 (official code).",
             "choices": REJECTED_ROLLOUTS,
         },
     )
@@ -131,7 +133,7 @@ class EntropyControlConfig:
         default=0.0,
         metadata={
             "help": "With rejected_rollouts='drop': the loss normaliser never counts less than this share of the "
-            "batch. 0 is Eq. 5 to the letter."
+            "batch. 0: it counts the accepted rollouts of the generation batch and no more."
         },
     )
     out_of_band_advantages: str = field(

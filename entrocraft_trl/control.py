@@ -45,10 +45,14 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
     trainers do: put it before the trainer among the bases, and pass a config that mixes in [`EntropyControlConfig`].
 
     Two methods of the parent change what they return: `_generate_and_score_completions` measures the batch entropy,
-    compares it with the band and takes the rejected rollouts out of the loss inputs; `_compute_loss` weighs row means
+    compares it with the band and takes the rejected rollouts out of the loss inputs; `compute_loss` weighs row means
     by the rows that are left. Two more only listen: to the old-policy pass and to the rewards. Evaluation is never
     filtered, and reports what [`EvaluationMetricsMixin`] adds. A band that is never left gives the parent's training
     bit for bit. [`ExactResumeMixin`] resumes exactly and stops on SIGTERM.
+
+    A trainer with a `_compute_loss` of its own says in a class attribute `loss_normaliser` what that divides by (see
+    [`loss_inputs.NORMALISERS`]), so that `rejected_rollouts="drop"` can weigh it. The loss has to mask tokens by
+    `completion_mask * tool_mask`, as TRL's do, and all that it returns is weighed.
 
     Args:
         entropy_band (`Callable[[float], tuple[float, float]]`, *optional*):
@@ -56,10 +60,11 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             the config. All other arguments are the parent's.
 
     Raises:
-        TypeError: If `args` is not an entropy-control config.
+        TypeError: If `args` is not an entropy-control config; or, with `rejected_rollouts="drop"`, if a loss of one's
+            own has no `loss_normaliser`.
         ValueError: If `entropy_band` returns an invalid band, or `entropy_source="sampling"` has no engine that
-            returns log-probs; or if `train_dataset` has too few rows, no prompts, or an empty one. All before a model
-            loads.
+            returns log-probs; or if `train_dataset` has too few rows, no prompts, or an empty one; or, with
+            `rejected_rollouts="drop"`, if `loss_type` or `loss_normaliser` is unknown. All before a model loads.
     """
 
     _config_class = EntropyControlConfig
@@ -83,6 +88,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
                 "entropy_source='sampling' needs a rollout engine that returns log-probs, got use_vllm=False and no "
                 "rollout_func; use entropy_source='policy'."
             )
+        if config.rejected_rollouts == "drop":
+            loss_inputs.loss_normaliser(type(self), config)
         check_training_rows(arguments.get("train_dataset"), config.generation_batch_size // config.num_generations)
         self._entropy_band = entropy_band or config.band_at
         self._captured_passes: list[entropy.PolicyPass] | None = None
@@ -147,11 +154,20 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         self._reward_guard.refuse(rewards, names, self.accelerator.process_index, prompts, completions)
         return rewards
 
-    def _compute_loss(self, model, inputs):
-        loss = super()._compute_loss(model, inputs)
+    def compute_loss(self, model, inputs, *args, **kwargs):
         if self.model.training:
             self._count_empty_step(inputs)
-        return loss * loss_inputs.micro_batch_weight(inputs, getattr(self, "loss_type", "rloo"))
+        # Not in `_compute_loss`: a subclass that computes a loss of its own there would leave the weight out.
+        if loss_inputs.KEPT not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        weight = loss_inputs.micro_batch_weight(inputs, loss_inputs.loss_normaliser(type(self), self.args))
+        # TRL adds the router loss of a mixture of experts inside; it is no mean over the rollouts that are left.
+        coefficient = self.router_aux_loss_coef
+        self.router_aux_loss_coef = coefficient / weight
+        try:
+            return weight * super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.router_aux_loss_coef = coefficient
 
     def _count_empty_step(self, inputs: dict[str, Any]) -> None:
         """Count, and log, the optimizer steps in which no rollout of any rank has an advantage and a loss token."""

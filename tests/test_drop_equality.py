@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
+from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer, loss_inputs
 
 
 TOKEN_LOSSES = ["dapo", "cispo", "vespo"]
@@ -150,12 +150,14 @@ def expected_gradient(plain, loss_type, weights, batch, micro_batches, accepted,
     return scaled(plain_gradient(plain, weights, batch, rows), len(rows) / share)
 
 
-def check(loss_type, settings, direction, reference_folder, *, lora=False, env_mask=None, rloo=False):
-    classes = (
-        (RLOOTrainer, RLOOConfig, EntrocraftRLOOTrainer) if rloo else (GRPOTrainer, GRPOConfig, EntrocraftGRPOTrainer)
-    )
+GRPO = (GRPOTrainer, GRPOConfig, EntrocraftGRPOTrainer)
+RLOO = (RLOOTrainer, RLOOConfig, EntrocraftRLOOTrainer)
+
+
+def check(loss_type, settings, direction, reference_folder, *, lora=False, env_mask=None, classes=GRPO):
+    """`loss_type` is `None` for classes whose loss is a mean over rows whatever the config says."""
     plain_class, plain_config, ours_class = classes
-    if not rloo:
+    if loss_type is not None:
         settings = {"loss_type": loss_type, **settings}
     per_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     windows = settings.get("steps_per_generation", settings["gradient_accumulation_steps"])
@@ -200,13 +202,17 @@ def check(loss_type, settings, direction, reference_folder, *, lora=False, env_m
         micro_batches = [[row_of[key] for key in micro_batch] for micro_batch in keys]
         expected = expected_gradient(plain, loss_type, weights, copy.copy(batch), micro_batches, accepted, windows)
         assert any(gradient.abs().max() > 1e-4 for gradient in expected.values()), "nothing to compare"
-        for name, gradient in gradients.items():
-            size = max(expected[name].abs().max().item(), 1e-3)
-            # float32 sums in another order: a few parts in 1e6 of the largest entry
-            torch.testing.assert_close(
-                gradient, expected[name], rtol=1e-4, atol=2e-5 * size, msg=lambda text, name=name: f"{name}: {text}"
-            )
+        assert_same_gradients(gradients, expected)
     return ours, recorder, batch, accepted
+
+
+def assert_same_gradients(gradients, expected):
+    for name, gradient in gradients.items():
+        size = max(expected[name].abs().max().item(), 1e-3)
+        # float32 sums in another order: a few parts in 1e6 of the largest entry
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-4, atol=2e-5 * size, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])  # the KL term of a rejected rollout leaves with it
@@ -250,11 +256,11 @@ def test_environment_tokens_count_nowhere(loss_type, reference_folder):
 @pytest.mark.parametrize("split", SPLITS)
 def test_rloo(split, reference_folder):
     # A smaller step than elsewhere: a ratio of whole sequences leaves the clip range soon, and then nothing is left.
-    check("rloo", {**SPLITS[split], "learning_rate": 0.002}, -1, reference_folder, rloo=True)
+    check(None, {**SPLITS[split], "learning_rate": 0.002}, -1, reference_folder, classes=RLOO)
 
 
 def test_rloo_keeps_its_kl_penalty_in_the_reward(reference_folder):
-    check("rloo", {**SPLITS["2x4"], "beta": 0.1}, +1, reference_folder, rloo=True)
+    check(None, {**SPLITS["2x4"], "beta": 0.1}, +1, reference_folder, classes=RLOO)
 
 
 def test_the_parameters_move_by_the_gradient(reference_folder):
@@ -285,6 +291,93 @@ def test_min_accepted_share_caps_the_step(loss_type, share, reference_folder):
     assert share < 0.5 or factor < 1
     for name, gradient in gradients[share].items():
         torch.testing.assert_close(gradient, gradients[0.0][name] * factor, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_logged_loss_when_a_rejected_rollout_holds_a_very_unlikely_token(loss_type, reference_folder):
+    """The ratio against the old policy overflows where one of the two log-probs is gone: exp(89) is no float32."""
+    rollouts = tiny.random_rollouts(8)
+    settings = {**SPLITS["1x8"], "loss_type": loss_type, "num_iterations": 2}  # TRL runs the old-policy pass
+    ours, plain = (
+        build(trainer_class, config_class, settings, rollouts, reference_folder, **band)
+        for trainer_class, config_class, band in (
+            (EntrocraftGRPOTrainer, EntrocraftGRPOTrainer._config_class, tiny.TOO_LOW),
+            (GRPOTrainer, GRPOConfig, {}),
+        )
+    )
+    for trainer in (ours, plain):
+        trainer.model.lm_head.weight.data.mul_(60.0)  # from nearly uniform to nearly deterministic
+    recorder = Recorder()
+    ours.add_callback(recorder)
+    ours.train()
+
+    plain.model.train()
+    batch = plain._generate_and_score_completions(tiny.generation_inputs(plain))
+    rejected = batch["advantages"] > 0
+    assert batch["old_per_token_logps"][rejected].min() < -89, "the case needs a token of probability exp(-89)"
+    rows = (~rejected).nonzero().flatten().tolist()
+    ((weights, gradients),) = recorder.steps
+    tokens = loss_tokens(select(batch, rows))
+    assert_same_gradients(gradients, plain_gradient(plain, weights, batch, rows, tokens))
+    inputs = {**select(batch, rows), "num_items_in_batch": tokens}
+    expected = plain._compute_loss(plain.model, inputs).item()
+    assert tiny.history(ours, "loss") == [pytest.approx(expected, rel=1e-5)]
+
+
+def loss_and_gradient(trainer, inputs, logps):
+    """Of the log-probs, with `logps` in place of the model's."""
+    leaf = logps.clone().requires_grad_()
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (leaf, torch.ones_like(leaf), None)
+    trainer.current_gradient_accumulation_steps = 1  # set by transformers at each step
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize(
+    ("settings", "classes"),
+    [
+        *(({"loss_type": name}, GRPO) for name in LOSSES),
+        ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, GRPO),
+        ({"loss_type": "grpo", "use_bias_correction_kl": True}, GRPO),
+        ({"loss_type": "dapo", "off_policy_mask_threshold": 0.5}, GRPO),
+        ({}, RLOO),
+    ],
+)
+def test_nothing_of_a_rejected_rollout_reaches_loss_or_gradient(settings, classes):
+    """Log-probs that differ from the old policy's, the reference's and the engine's by more than float32 can hold."""
+    *_, trainer_class = classes
+    args = tiny.build_config(trainer_class._config_class, **{"beta": 0.0, **settings})
+    trainer = tiny.build_trainer(trainer_class, args=args)
+    trainer.beta = 0.1  # of GRPO's loss; the tensors below take the place of a reference model
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = classes is GRPO
+    keep = torch.tensor([True, False, True, False])
+    results = []
+    for rejected_logps, others in ((-1.0, -1.0), (-1.0, -1e4), (-1e4, -1.0)):
+        values = torch.linspace(-2.0, -1.0, 12).view(4, 3)
+        logps, others = (torch.where(keep.unsqueeze(1), values, value) for value in (rejected_logps, others))
+        inputs = {
+            "prompt_ids": torch.ones(4, 2, dtype=torch.long),
+            "prompt_mask": torch.ones(4, 2, dtype=torch.long),
+            "completion_ids": torch.ones(4, 3, dtype=torch.long),
+            "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 0], [1, 1, 1]]),
+            "advantages": torch.tensor([1.0, 2.0, -1.0, -2.0]),
+        }
+        if classes is RLOO:
+            inputs["old_logps"] = (others * inputs["completion_mask"]).sum(1)
+        else:
+            inputs |= {
+                "num_items_in_batch": torch.tensor(10),
+                "old_per_token_logps": others,
+                "ref_per_token_logps": others,
+                "sampling_per_token_logps": others,
+                "importance_sampling_ratio": torch.where(keep.unsqueeze(1), 1.0, (others + 1).abs().exp()),
+            }
+        edited = loss_inputs.drop_rollouts(inputs, keep, token_normaliser=5.0, row_normaliser_share=0.5)
+        results.append(loss_and_gradient(trainer, edited, logps))
+    for loss, gradient in results:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1]) and gradient[keep].any() and not gradient[~keep].any()
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.2])
@@ -327,7 +420,7 @@ def test_out_of_band_rewards_replace_the_advantages(coding, reference_folder):
     ours.state.max_steps = 1
     batch = ours._generate_and_score_completions(tiny.generation_inputs(ours))
     assert batch["advantages"].tolist() == [-1.0, -1.0, -1.0, -1.0, 0.0, -1.0, 0.0, 0.0]
-    assert batch["completion_mask"].sum(1).bool().tolist() == [True] * 4 + [False, True, False, False]
+    assert batch["tool_mask"].sum(1).bool().tolist() == [True] * 4 + [False, True, False, False]
 
 
 def test_out_of_band_rewards_refuse_other_rewards(reference_folder):

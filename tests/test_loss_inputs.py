@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from entrocraft_trl import loss_inputs
@@ -48,17 +49,43 @@ def test_zero_advantages_touches_the_advantages_alone():
 
 
 def test_drop_masks_rows_and_recounts():
-    inputs = build_inputs(old_logps=torch.tensor([-1.0, -2.0, -3.0, -4.0]), tool_mask=torch.ones(4, 3))
+    inputs = build_inputs(tool_mask=torch.tensor([[1, 0, 1]] * 4))
     before = {key: value.clone() for key, value in inputs.items()}
     edited = drop(inputs)
-    assert edited["completion_mask"].tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]]
-    assert edited["completion_mask"].dtype == inputs["completion_mask"].dtype
+    assert edited["tool_mask"].tolist() == [[0, 0, 0], [1, 0, 1]] * 2
+    assert edited["tool_mask"].dtype == inputs["tool_mask"].dtype
     assert edited["advantages"].tolist() == [0.0, -0.5, 0.0, -1.0]
-    assert edited["old_logps"].tolist() == [0.0, -2.0, 0.0, -4.0]
     assert edited["num_items_in_batch"].ndim == 0 and edited["num_items_in_batch"] == 5
     assert all(torch.equal(inputs[key], before[key]) for key in inputs), "the given inputs were changed"
-    untouched = {"prompt_ids", "completion_ids", "tool_mask"}
+    untouched = {"prompt_ids", "completion_ids", "completion_mask"}
     assert all(edited[key] is inputs[key] for key in untouched)
+
+
+def test_drop_makes_a_tool_mask_where_there_is_none():
+    inputs = build_inputs()
+    edited = drop(inputs)
+    assert edited["tool_mask"].tolist() == [[0, 0, 0], [1, 1, 1]] * 2
+    expected = [[0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]]
+    assert loss_inputs.loss_mask(edited).tolist() == expected
+    assert loss_inputs.loss_mask(edited).dtype == inputs["completion_mask"].dtype
+
+
+def test_drop_leaves_no_term_that_could_overflow():
+    """Log-probs and ratios come token by token from GRPO, row by row from RLOO and from vLLM's sequence modes."""
+    tokens = torch.full((4, 3), -200.0)
+    extra = {
+        "old_per_token_logps": tokens,
+        "ref_per_token_logps": tokens,
+        "old_logps": torch.tensor([-1.0, -2.0, -3.0, -4.0]),
+        "importance_sampling_ratio": torch.full((4, 1), torch.inf),
+    }
+    edited = drop(build_inputs(**extra))
+    assert edited["old_per_token_logps"].tolist() == [[0.0] * 3, [-200.0] * 3] * 2
+    assert torch.equal(edited["ref_per_token_logps"][KEEP], tokens[KEEP])
+    assert (edited["ref_per_token_logps"][~KEEP] < -1e20).all()  # below any log-prob
+    assert edited["old_logps"].tolist() == [0.0, -2.0, 0.0, -4.0]
+    assert edited["importance_sampling_ratio"].tolist() == [[1.0], [torch.inf]] * 2
+    assert (tokens == -200).all(), "the given inputs were changed"
 
 
 def test_a_fractional_token_normaliser_is_not_rounded():
@@ -75,22 +102,58 @@ def test_drop_keeps_shapes():
     assert all(edited[key].shape == inputs[key].shape for key in inputs)
 
 
-def test_nothing_left_has_weight_zero_and_no_nan():
+def test_a_rejected_image_leaves_the_images_of_the_next_rollout_in_place():
+    """
+    Qwen-VL counts image tokens through the attention mask, and hands out one image shape after the other: without the
+    image of a rejected row, the next row would take its shape.
+    """
+    image, text, size = 2, 5, 28  # tokens; 28 pixels: two patches of 14, merged into one token
+    torch.manual_seed(0)
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 16, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+        image_token_id=image, video_token_id=3, vision_start_token_id=4,
+    )  # fmt: skip
+    model = Qwen2VLForConditionalGeneration(config).eval()
+    # The image of the rejected rollout is one row of four tokens, the other's two by two.
+    grids = torch.tensor([[1, 2, 8], [1, 4, 4]])
+    pixels = torch.randn(32, 3 * 2 * size * size // 4)
+    completions = torch.tensor([[image] * 4 + [text] * 3] * 2)
+    inputs = {
+        "prompt_ids": torch.tensor([[6, 7]] * 2),
+        "completion_ids": completions,
+        "completion_mask": torch.ones_like(completions),
+        "advantages": torch.tensor([1.0, -1.0]),
+        "num_items_in_batch": torch.tensor(14),
+    }
+
+    def logits_of_the_kept(batch):
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([torch.ones_like(batch["prompt_ids"]), batch["completion_mask"]], dim=1)
+        with torch.no_grad():
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                pixel_values=pixels,
+                image_grid_thw=grids,
+                mm_token_type_ids=(ids == image).int(),
+            )
+        return output.logits[1]
+
+    edited = drop(inputs, torch.tensor([False, True]), 7.0, 0.5)
+    assert loss_inputs.loss_mask(edited).tolist() == [[0] * 7, [1] * 7]
+    torch.testing.assert_close(logits_of_the_kept(edited), logits_of_the_kept(inputs), rtol=0, atol=0)
+
+
+def test_nothing_left_has_a_finite_weight_above_zero():
+    """The loss is 0 by its masks, and what it does not scale (a router loss) is divided by the weight."""
     edited = drop(build_inputs(), torch.zeros(4, dtype=torch.bool), 0.0, 0.0)
-    for loss_type in loss_inputs.ROW_NORMALISED_LOSSES + loss_inputs.LOCAL_TOKEN_NORMALISED_LOSSES:
-        assert float(loss_inputs.micro_batch_weight(edited, loss_type)) == 0.0
-
-
-@pytest.mark.parametrize("loss_type", loss_inputs.LOSS_TYPES)
-def test_untouched_inputs_have_weight_one(loss_type):
-    weight = loss_inputs.micro_batch_weight(build_inputs(), loss_type)
-    assert weight == 1.0 and isinstance(weight, float)  # the very loss, no tensor product: bit for bit
-
-
-def test_every_trl_loss_is_known():
-    assert set(loss_inputs.LOSS_TYPES) == {
-        "grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "rloo"
-    }  # fmt: skip
+    assert float(loss_inputs.micro_batch_weight(edited, "rows")) == 1.0
+    assert float(loss_inputs.micro_batch_weight(edited, "local_tokens")) == 0.25  # as if one row of four were left
 
 
 @given(keep=st.lists(st.booleans(), min_size=8, max_size=8).filter(any), chunks=st.sampled_from([1, 2, 4]))
@@ -112,10 +175,10 @@ def test_weights_after_trls_shuffle_and_split(keep, chunks):
         assert micro_batch["num_items_in_batch"] == 2 * keep.sum()
         kept = micro_batch[loss_inputs.KEPT]
         row_mean = micro_batch["row_losses"].mean() / chunks  # TRL divides by the accumulation steps
-        row_total += row_mean * loss_inputs.micro_batch_weight(micro_batch, "grpo")
+        row_total += row_mean * loss_inputs.micro_batch_weight(micro_batch, "rows")
         token_mean = micro_batch["row_losses"].sum() / kept.sum().clamp(min=1) / chunks  # equal lengths: bnpo's mean
-        bnpo_total += token_mean * loss_inputs.micro_batch_weight(micro_batch, "bnpo")
-        assert loss_inputs.micro_batch_weight(micro_batch, "dapo") == 1.0
+        bnpo_total += token_mean * loss_inputs.micro_batch_weight(micro_batch, "local_tokens")
+        assert loss_inputs.micro_batch_weight(micro_batch, "tokens") == 1.0
     expected = row_losses[keep].mean().item()
     assert float(row_total) == pytest.approx(expected, abs=1e-5)
     assert float(bnpo_total) == pytest.approx(expected, abs=1e-5)

@@ -34,7 +34,7 @@ TRAINERS = [trainer for trainer, _ in PARENTS]
     ("method", "parameters"),
     [
         ("_generate_and_score_completions", ["self", "inputs"]),
-        ("_compute_loss", ["self", "model", "inputs"]),
+        ("compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]),
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
     ],
 )
@@ -166,6 +166,7 @@ def test_attributes(trainer_class, config_class):
         "reward_weights": "trainer._calculate_rewards",
         "temperature": "half_temperature_head",
         "log_completions": "trainer._log_kept_column",
+        "router_aux_loss_coef": "control.compute_loss",
         "accelerator": "trainer._measure",
         "model": "trainer._measure",
         "_metrics": "trainer._edit_and_report",
@@ -183,7 +184,7 @@ def test_attributes(trainer_class, config_class):
         "TRL no longer logs advantages while preparing loss inputs; trainer._log_kept_column rewrites their tail"
     )
     if trainer_class is GRPOTrainer:
-        assert trainer.loss_type == "dapo", "trainer._compute_loss reads loss_type; TRL's default was dapo"
+        assert trainer.args.loss_type == "dapo", "loss_inputs reads args.loss_type; TRL's default was dapo"
 
 
 @pytest.mark.parametrize(("trainer_class", "config_class"), PARENTS)
@@ -213,9 +214,36 @@ def test_batch_edits_survive_shuffle_and_split():
         assert torch.equal(part["entrocraft_kept"], part["rows"] % 2 == 0), message.format("entrocraft_kept")
 
 
+@pytest.mark.parametrize(("trainer_class", "config_class"), PARENTS)
+def test_the_loss_reads_tool_mask_and_the_model_does_not(trainer_class, config_class):
+    trainer = build(trainer_class, config_class)
+    batch = trainer._generate_and_score_completions(tiny.generation_inputs(trainer))
+    trainer.current_gradient_accumulation_steps = 1
+    base, attention_masks = trainer._get_per_token_logps_and_entropies, []
+
+    def spy(model, input_ids, attention_mask, *args, **kwargs):
+        attention_masks.append(attention_mask)
+        return base(model, input_ids, attention_mask, *args, **kwargs)
+
+    trainer._get_per_token_logps_and_entropies = spy
+    # On policy all ratios are 1: advantages that do not add up to 0 give a loss that is not.
+    batch["advantages"] = torch.arange(1.0, 9.0)
+    masked = {**batch, "tool_mask": torch.zeros_like(batch["completion_mask"])}
+    losses = [trainer._compute_loss(trainer.model, inputs).item() for inputs in (batch, masked)]
+    plain_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    assert all(torch.equal(mask, plain_mask) for mask in attention_masks) and len(attention_masks) == 2, (
+        "TRL's loss passes another mask than completion_mask to the model now (loss_inputs.drop_rollouts keeps that)"
+    )
+    assert losses[0] != 0.0
+    if trainer_class is GRPOTrainer:
+        assert losses[1] == 0.0, "GRPO's loss no longer reads tool_mask, by which loss_inputs.drop_rollouts rejects"
+    else:
+        assert losses[1] == losses[0], "RLOO's loss reads tool_mask now; say so in loss_inputs.drop_rollouts"
+
+
 def test_known_loss_types_are_trls():
     source = inspect.getsource(GRPOTrainer._compute_loss)
-    for loss_type in set(loss_inputs.LOSS_TYPES) - {"rloo"}:
+    for loss_type in loss_inputs.LOSS_TYPES:
         assert f'"{loss_type}"' in source, f"TRL lost the loss {loss_type!r}; loss_inputs.py has its normaliser"
     for loss_type in re.findall(r'self\.loss_type == "(\w+)"', source):
         assert loss_type in loss_inputs.LOSS_TYPES, f"TRL has a new loss {loss_type!r}; loss_inputs.py must learn it"
