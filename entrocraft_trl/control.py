@@ -83,18 +83,20 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
                 model = given["model"]
                 name = model if isinstance(model, str) else model.config._name_or_path
                 given["args"] = self._config_class(f"{name.split('/')[-1]}-Entrocraft")
-            self._check_arguments(given["args"], given.get("train_dataset"), given.get("rollout_func"))
+            names = ("train_dataset", "rollout_func", "environment_factory")
+            self._check_arguments(given["args"], *(given.get(name) for name in names))
             args, kwargs = call.args, call.kwargs
         self._captured_passes: list[entropy.PolicyPass] | None = None
         self._captured_rewards: torch.Tensor | None = None
         self._reward_guard = RewardGuard()
         super().__init__(*args, **kwargs)
         if not is_trls:
-            self._check_arguments(self.args, self.train_dataset, getattr(self, "rollout_func", None))
+            names = ("train_dataset", "rollout_func", "environment_factories")  # RLOO has the first only
+            self._check_arguments(self.args, *(getattr(self, name, None) for name in names))
         self._entropy_band = entropy_band or self.args.band_at
         self.add_callback(EntropyControlState())
 
-    def _check_arguments(self, config: Any, train_dataset: Any, rollout_func: Callable | None) -> None:
+    def _check_arguments(self, config: Any, train_dataset: Any, rollout_func: Any, environments: Any) -> None:
         if not isinstance(config, self._config_class):
             raise TypeError(
                 f"{type(self).__name__} needs args of type {self._config_class.__name__}, got "
@@ -105,7 +107,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
                 "entropy_source='sampling' needs a rollout engine that returns log-probs, got use_vllm=False and no "
                 "rollout_func; use entropy_source='policy'."
             )
-        check_training_rows(train_dataset, config.generation_batch_size // config.num_generations)
+        batch_prompts = config.generation_batch_size // config.num_generations
+        check_training_rows(train_dataset, batch_prompts, needs_prompts=environments is None)
 
     @property
     def control_memory(self) -> ControlMemory:

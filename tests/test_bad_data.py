@@ -296,6 +296,57 @@ def test_rows_for_one_generation_batch_are_needed(rows, accumulation, fits):
     assert trainer.state.global_step == 1
 
 
+class Sums:
+    """An environment that asks the questions itself, from a column that is no prompt."""
+
+    def reset(self, number=7, **kwargs):
+        return f"{number}+{number}=?"
+
+
+def talking_tokenizer():
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.chat_template = (  # environments need one that shows tool calls
+        "{% for message in messages %}{{ message['content'] }}{% for call in message.tool_calls or [] %}"
+        "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def length(completion_ids, **kwargs):
+    return [float(len(set(ids))) for ids in completion_ids]
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+@pytest.mark.parametrize(
+    "rows", [{"number": [1, 2, 30, 4]}, {"environment": ["sums"] * 4, "number": [1, 2, 3, 4]}, None]
+)
+def test_an_environment_that_asks_needs_no_prompts(rows):
+    """TRL trains on such rows, or on none at all; the band that is never left changes nothing."""
+    plain, ours = tiny.run_pair(
+        {"max_steps": 2},
+        reward_funcs=length,
+        train_dataset=None if rows is None else Dataset.from_dict(rows),
+        environment_factory={"sums": Sums} if rows and "environment" in rows else Sums,
+        processing_class=talking_tokenizer(),
+    )
+    assert tiny.history(ours[0], "reward_std")[0] > 0
+    tiny.assert_same_parameters(ours[0].model, plain[0].model)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"number": [1]}, "has 1 rows, but one generation batch takes 2 different prompts"),
+        ({"number": [1, 2], "prompts": [1, 2]}, "rename the column 'prompts'"),
+        ({"prompt": [[MESSAGE], []]}, "row 1, column 'prompt': the prompt is empty ([])"),
+    ],
+)
+def test_rows_for_an_environment_are_checked_otherwise(columns, said):
+    with pytest.raises(ValueError) as error:
+        tiny.build_trainer(model=ABSENT_MODEL, train_dataset=Dataset.from_dict(columns), environment_factory=Sums)
+    assert said in str(error.value)
+
+
 def test_a_prompt_made_by_a_transform_is_the_users_business():
     table = Dataset.from_dict({"question": ["1+1", "2+2"]})
     table.set_transform(lambda batch: {"prompt": [f"{text}=?" for text in batch["question"]]})

@@ -12,6 +12,10 @@ from trl import GRPOConfig, GRPOTrainer
 from entrocraft_trl import EntrocraftGRPOTrainer, EntropyControlMixin
 
 
+def rename(rows, old, new):
+    return rows.rename_column(old, new) if old in rows.column_names else rows
+
+
 class PassesAllOn(GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -38,18 +42,11 @@ class RenamesArgs(GRPOTrainer):
         super().__init__(model, args=config, train_dataset=data, **kwargs)
 
 
-class MakesItsArguments(GRPOTrainer):
-    """Of its arguments none is TRL's; the data set has no prompts before it passes on."""
+class ChangesRows(GRPOTrainer):
+    """It renames the column of questions, which is not fit for TRL before."""
 
     def __init__(self, questions, **settings):
-        super().__init__(
-            model=tiny.build_model(),
-            reward_funcs=tiny.share_of_digits,
-            args=settings.pop("args"),
-            train_dataset=questions.rename_column("question", "prompt"),
-            processing_class=tiny.build_tokenizer(),
-            **settings,
-        )
+        super().__init__(train_dataset=rename(questions, "question", "prompt"), **settings)
 
 
 def controlled(parent):
@@ -86,9 +83,9 @@ def renamed(trainer_class, args, **changed):
     return trainer_class(*first, **given)
 
 
-def made(trainer_class, args, train_dataset=None, **changed):
-    rows = train_dataset if train_dataset is not None else tiny.build_dataset()
-    return trainer_class(rows.rename_column("prompt", "question"), args=args, **changed)
+def with_questions(trainer_class, args, **changed):
+    given = common(args, **changed)
+    return trainer_class(rename(given.pop("train_dataset"), "prompt", "question"), **given)
 
 
 def with_option(trainer_class, args, **changed):
@@ -102,7 +99,7 @@ WAYS = {
     "args named, the rest passed on": (NamesArgs, by_keyword),
     "keywords only": (KeywordsOnly, by_keyword),
     "args renamed": (RenamesArgs, renamed),
-    "arguments made": (MakesItsArguments, made),
+    "rows changed": (ChangesRows, with_questions),
 }
 
 
@@ -157,6 +154,20 @@ def test_a_rollout_function_that_the_subclass_brings_is_seen():
             super().__init__(*args, rollout_func=tiny.rollout_function(tiny.random_rollouts(8)), **kwargs)
 
     by_keyword(controlled(BringsRollouts), tiny.build_config(entropy_source="sampling"))
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
+def test_an_environment_is_seen(build):
+    """It asks the questions, so that the rows need none."""
+
+    class Asks:
+        def reset(self, **kwargs):
+            return "1+2=?"
+
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"  # shows tool calls, which TRL insists on
+    rows = Dataset.from_dict({"number": [1, 2]})
+    build(rejecting(), train_dataset=rows, environment_factory=Asks, processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("way", [by_keyword, by_position])
