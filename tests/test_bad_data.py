@@ -300,7 +300,11 @@ class Sums:
     """An environment that asks the questions itself, from a column that is no prompt."""
 
     def reset(self, number=7, **kwargs):
+        self.number = number
         return f"{number}+{number}=?"
+
+    def get_reward(self):
+        return float(self.number)
 
 
 def talking_tokenizer():
@@ -312,8 +316,8 @@ def talking_tokenizer():
     return tokenizer
 
 
-def length(completion_ids, **kwargs):
-    return [float(len(set(ids))) for ids in completion_ids]
+def closeness(completion_ids, environments, **kwargs):
+    return [-abs(len(set(ids)) - env.number) for ids, env in zip(completion_ids, environments, strict=True)]
 
 
 @pytest.mark.filterwarnings("ignore:You are using 'environment_factory'")
@@ -324,12 +328,13 @@ def test_an_environment_that_asks_needs_no_prompts(rows):
     """TRL trains on such rows, or on none at all; the band that is never left changes nothing."""
     plain, ours = tiny.run_pair(
         {"max_steps": 2},
-        reward_funcs=length,
+        reward_funcs=closeness,
         train_dataset=None if rows is None else Dataset.from_dict(rows),
         environment_factory={"sums": Sums} if rows and "environment" in rows else Sums,
         processing_class=talking_tokenizer(),
     )
-    assert tiny.history(ours[0], "reward_std")[0] > 0
+    assert tiny.history(ours[0], "rewards/closeness/std")[0] > 0
+    assert tiny.history(ours[0], "rewards/Sums/mean") == tiny.history(plain[0], "rewards/Sums/mean")
     tiny.assert_same_parameters(ours[0].model, plain[0].model)
 
 

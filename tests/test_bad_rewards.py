@@ -4,6 +4,7 @@ trains exactly as in TRL. The ranks' part is in `distributed/test_bad_ranks.py`.
 """
 
 import asyncio
+import functools
 import math
 import os
 import warnings
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftRLOOTrainer, reward_guard
 from entrocraft_trl.reward_guard import LARGEST_REWARD, RewardGuard, find_failing_row
+from entrocraft_trl.rewards import reward_name
 
 
 SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
@@ -237,6 +239,61 @@ def test_a_reward_model_is_checked_too():
 
 
 # ------------------------------------------------------------------------------------------------- what TRL does take
+
+
+def scaled(completions, scale, **kwargs):
+    return [scale * len(set(text)) for text in completions]
+
+
+class Judge:
+    """A callable object, which has no name but its class's."""
+
+    def __call__(self, completions, **kwargs):
+        return scaled(completions, 0.5)
+
+
+class AsyncJudge:
+    async def __call__(self, completions, **kwargs):
+        await asyncio.sleep(0)
+        return scaled(completions, 0.5)
+
+
+async def scaled_later(completions, scale=0.5, **kwargs):
+    await asyncio.sleep(0)
+    return scaled(completions, scale)
+
+
+def by_step(completions, trainer_state, **kwargs):
+    return scaled(completions, 0.5 + trainer_state.global_step)
+
+
+def logging_more(completions, log_extra, log_metric, **kwargs):
+    rewards = scaled(completions, 0.5)
+    log_extra("letters", [len(set(text)) for text in completions])
+    log_metric("first", rewards[0])
+    return rewards
+
+
+FORMS = {
+    "scaled": functools.partial(scaled, scale=0.5),
+    "scaled_later": functools.partial(functools.partial(scaled_later), scale=0.25),
+    "Judge": Judge(),
+    "AsyncJudge": AsyncJudge(),
+    "by_step": by_step,
+    "logging_more": logging_more,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_whatever_trl_takes_for_a_reward_trains_as_in_trl(name):
+    (plain, _), (ours, _) = tiny.run_pair({"max_steps": 2}, reward_funcs=FORMS[name])
+    tiny.assert_same_parameters(ours.model, plain.model)
+    keys = [f"rewards/{name}/mean", f"rewards/{name}/std", *(["first"] if name == "logging_more" else [])]
+    for key in keys:
+        assert len(tiny.history(plain, key)) == 2, plain.state.log_history
+        assert tiny.history(ours, key) == tiny.history(plain, key)
+    assert tiny.history(plain, keys[1])[0] > 0
+    assert reward_name(FORMS[name]) == ours.reward_func_names[0] == name
 
 
 def test_nan_warns_once_for_each_function(trainer):

@@ -1,5 +1,6 @@
 """The command line: help, one-line errors, and a full run on GSM8K rows with a tiny model and math-verify rewards."""
 
+import functools
 import json
 import os
 import subprocess
@@ -311,6 +312,57 @@ def test_every_trl_reward_loads(name):
         prompts=[""], completions=["<think>\na\n</think>\n\\boxed{1}"], completion_ids=[[1]], solution=["1"]
     )
     assert scores == ([0.0] if name.startswith("get_") else [1.0])
+
+
+REWARD_FORMS = """
+import functools
+
+
+def scaled(completions, scale, **kwargs):
+    return [scale * len(str(completion)) for completion in completions]
+
+
+async def later(completions, solution, log_metric, **kwargs):
+    return [None if "7" in text else 1.0 for text in solution]
+
+
+class Judge:
+    def __call__(self, completions, trainer_state, **kwargs):
+        return [float(trainer_state.global_step)] * len(completions)
+
+
+half = functools.partial(scaled, scale=0.5)
+judge = Judge()
+"""
+
+
+def test_every_form_of_reward_passes_the_dry_run_and_trains(tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "reward_forms.py").write_text(REWARD_FORMS)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    forms = ["--reward_funcs", "reward_forms:half", "reward_forms:later", "reward_forms:judge"]
+    options = [*gsm8k_options(tiny_model, run), *forms]
+    assert main(["train", *options, "--dry_run"]) == 0
+    assert "rewards          scaled, later, Judge\n" in capsys.readouterr().out
+    assert main(["train", *options]) == 0
+    logged = [record for record in read_log(run) if "reward" in record]
+    assert [record["rewards/Judge/mean"] for record in logged] == [0.0, 1.0]
+    assert all(record["rewards/scaled/std"] > 0 for record in logged)
+
+
+def test_columns_that_rewards_read(tiny_model):
+    class Judge:
+        def __call__(self, completions, gold, scale=1.0, **kwargs):
+            return [scale] * len(completions)
+
+    bound = functools.partial(Judge(), gold=["7"])
+    with pytest.raises(ValueError, match="reward 'Judge' reads the column 'gold'.*columns: prompt"):
+        rewards.check_reward_columns([bound, Judge()], ["prompt"])
+    rewards.check_reward_columns([bound, "a/reward-model", max], ["prompt"])  # compiled code shows no parameters
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    rewards.check_reward_columns([model], ["prompt"])
+    assert rewards.reward_name(model) == Path(tiny_model).name
+    assert rewards.reward_name("a/reward-model") == "a/reward-model"
 
 
 def test_own_rewards_by_module_and_by_dotted_path():
