@@ -1,7 +1,6 @@
-"""Bad rewards end the run on all ranks together, with a message that names the function and the rollout."""
+"""Bad rewards end the run on all ranks together, with a message that names the function and its rollouts."""
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,8 +12,6 @@ from trl.trainer.utils import is_async_callable
 
 # The standard deviation of a group squares its rewards, and the square of more than 1.8e19 is infinite in float32.
 LARGEST_REWARD = 1e18
-# Other ranks wait while a rank looks for the rollout that a function fails on; far below any collective's time limit.
-SEARCH_SECONDS = 10.0
 
 
 class Failure(NamedTuple):
@@ -59,18 +56,21 @@ class RewardGuard:
             self._failures.append(failure)
             return [math.inf] * count
 
+        def raised(error: Exception, count: int) -> list[float]:
+            # On which of the rollouts, only another call could tell; and a judge may be paid by the call.
+            return failed(Failure(name, f"raised {type(error).__name__}: {error}", cause=error), count)
+
         def guarded(completions: list, **kwargs) -> list:
             try:
                 return outcome(function(completions=completions, **kwargs), len(completions))
             except Exception as error:
-                row = find_failing_row(function, {"completions": completions, **kwargs}, len(completions))
-                return failed(Failure(name, f"raised {type(error).__name__}: {error}", row, error), len(completions))
+                return raised(error, len(completions))
 
         async def guarded_async(completions: list, **kwargs) -> list:
             try:
                 return outcome(await function(completions=completions, **kwargs), len(completions))
             except Exception as error:
-                return failed(Failure(name, f"raised {type(error).__name__}: {error}", None, error), len(completions))
+                return raised(error, len(completions))
 
         return guarded_async if is_async_callable(function) else guarded
 
@@ -137,26 +137,6 @@ def check_rewards(name: str, output: Any, count: int) -> list | Failure:
 
 def _too_large(reward: Any) -> str:
     return f"returned {_quote(reward)}, where rewards must be finite and at most {LARGEST_REWARD:g} in size,"
-
-
-def find_failing_row(function: Callable, arguments: dict[str, Any], count: int) -> int | None:
-    """
-    The first rollout on which `function` fails when it gets one rollout at a time; `None` if it fails on none alone,
-    or not within `SEARCH_SECONDS`. Only called when the run is lost anyway.
-    """
-    deadline = time.monotonic() + SEARCH_SECONDS
-    for row in range(count):
-        single = {
-            key: [value[row]] if isinstance(value, list) and len(value) == count else value
-            for key, value in arguments.items()
-        }
-        try:
-            function(**single)
-        except Exception:
-            return row
-        if time.monotonic() > deadline:
-            return None
-    return None
 
 
 def describe(failure: Failure, first_row: int, prompts: list, completions: list) -> str:

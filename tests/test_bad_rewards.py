@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftRLOOTrainer, reward_guard
-from entrocraft_trl.reward_guard import LARGEST_REWARD, RewardGuard, find_failing_row
+from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftRLOOTrainer
+from entrocraft_trl.reward_guard import LARGEST_REWARD, RewardGuard
 from entrocraft_trl.rewards import reward_name
 
 
@@ -155,28 +155,29 @@ def failing_at_5(completions, answer, **kwargs):
     return [1 / (5 - int(text)) for text in answer]
 
 
-def test_an_exception_names_the_rollout_and_stays_the_cause(trainer):
+def test_an_exception_names_the_rollouts_and_stays_the_cause(trainer):
     with pytest.raises(ValueError) as error:
         calculate(trainer, failing_at_5)
     assert str(error.value) == (
-        "The reward function 'failing_at_5' raised ZeroDivisionError: division by zero for rollout 5 of the batch "
-        "(prompt '5+5=?', completion 'completion 5')"
+        "The reward function 'failing_at_5' raised ZeroDivisionError: division by zero (rollouts 0 to 7 of the batch)"
     )
     assert isinstance(error.value.__cause__, ZeroDivisionError)
     assert error.value.__cause__.__traceback__.tb_next is not None  # shows the line in the user's function
 
 
-def test_an_exception_of_the_batch_as_a_whole_names_its_rollouts(trainer):
-    def needs_one(completions, **kwargs):
-        if len(completions) > 1:
-            raise KeyError("one at a time")
-        return [1.0]
+def test_a_function_that_failed_is_not_called_again(trainer):
+    """It may have side effects, and a judge may be paid by the call."""
+    called_with = []
+
+    def judge(completions, **kwargs):
+        called_with.append(len(completions))
+        raise KeyError("no more credit")
 
     with pytest.raises(
-        ValueError, match=r"raised KeyError: 'one at a time' \(rollouts 0 to 7 of the batch\)"
-    ) as error:
-        calculate(trainer, needs_one)
-    assert isinstance(error.value.__cause__, KeyError)
+        ValueError, match=r"'judge' raised KeyError: 'no more credit' \(rollouts 0 to 7 of the batch\)"
+    ):
+        calculate(trainer, judge)
+    assert called_with == [ROWS]
 
 
 def test_an_exception_in_an_async_function_stays_the_cause(trainer):
@@ -192,7 +193,7 @@ def test_several_failures_are_all_named(trainer):
     with pytest.raises(ValueError) as error:
         calculate(trainer, failing_at_5, constant(with_bad("x", 2)), constant([1.0] * ROWS, "good_reward"))
     first, second = str(error.value).split("; ")
-    assert "'failing_at_5' raised ZeroDivisionError" in first and "rollout 5" in first
+    assert "'failing_at_5' raised ZeroDivisionError" in first and "rollouts 0 to 7" in first
     assert "'my_reward' returned 'x'" in second and "rollout 2" in second
 
 
@@ -203,25 +204,6 @@ def test_leaving_the_program_is_not_held_up(trainer):
     with pytest.raises(KeyboardInterrupt):
         calculate(trainer, stop)
     assert trainer.reward_funcs == [stop]
-
-
-def test_the_search_for_the_rollout_gives_up_in_time(monkeypatch):
-    """Other ranks wait meanwhile, and a collective that waits too long ends the run without a message."""
-    asked = []
-
-    def judge(completions, **kwargs):
-        asked.append(len(completions))
-        clock[0] += 4.0
-        if completions == ["c7"]:
-            raise OSError
-
-    clock = [0.0]
-    monkeypatch.setattr(reward_guard.time, "monotonic", lambda: clock[0])
-    arguments = {"completions": [f"c{row}" for row in range(ROWS)], "trainer_state": object()}
-    assert find_failing_row(judge, arguments, ROWS) is None
-    assert asked == [1, 1, 1]  # 12 seconds are more than the 10 allowed
-    monkeypatch.setattr(reward_guard, "SEARCH_SECONDS", 60.0)
-    assert find_failing_row(judge, arguments, ROWS) == 7
 
 
 def test_a_reward_model_is_checked_too():

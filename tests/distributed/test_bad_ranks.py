@@ -15,7 +15,7 @@ EXPECTED = {
     "infinite": ["'judge' returned inf, where rewards must be finite", "for rollout 6 of the batch"],
     "text": ["'judge' returned 'good', of type str, not a number, for rollout 2 of the batch"],
     "too few": ["'judge' returned 3 rewards for 4 completions (rollouts 4 to 7 of the batch)"],
-    "exception": ["'judge' raised KeyError: 'only here'", "for rollout 0 of the batch"],
+    "exception": ["'judge' raised KeyError: 'only here' (rollouts 0 to 3 of the batch)"],
     "logits": ["FloatingPointError", "step 0 is not finite", "in 1 of 8 rollouts"],
 }
 
