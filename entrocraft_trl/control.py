@@ -164,6 +164,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         finally:
             self.reward_funcs = functions
         self._reward_guard.refuse(rewards, names, self.accelerator.process_index, prompts, completions)
+        if self.model.training:
+            self._reward_guard.end_without_rewards(rewards, names)
         if self.args.out_of_band_advantages == "reward":
             weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
             weighted[torch.isnan(rewards).all(dim=1)] = torch.nan

@@ -12,6 +12,9 @@ from trl.trainer.utils import is_async_callable
 
 # The standard deviation of a group squares its rewards, and the square of more than 1.8e19 is infinite in float32.
 LARGEST_REWARD = 1e18
+# Generation batches in a row without any reward that end a run. It sits out a judge that is away for some batches; by
+# chance it is not met: with half of the prompts never scored and two prompts a batch, once in a million batches.
+MOST_UNSCORABLE_BATCHES = 10
 
 
 class Failure(NamedTuple):
@@ -34,6 +37,7 @@ class RewardGuard:
 
     def __init__(self):
         self._failures: list[Failure] = []
+        self._unscorable_batches = 0
         self._warned: set[str] = set()
 
     def wrap(self, functions: Sequence[Callable], names: Sequence[str]) -> list[Callable]:
@@ -112,6 +116,28 @@ class RewardGuard:
             everywhere = [f"The reward function {names[column]!r} {what} for rollout {row} of the batch"]
         cause = next((failure.cause for failure in self._failures if failure.cause is not None), None)
         raise ValueError("; ".join(everywhere)) from cause
+
+    def end_without_rewards(self, rewards: torch.Tensor, names: Sequence[str]) -> None:
+        """
+        End a training in which nothing is scored any more: its gradients are zero, and it would go on to the end as if
+        all were well. Not saved in checkpoints: who resumes such a run has mended its rewards, or is told again.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(B * ranks, functions)`): Of a generation batch, as gathered, the same on
+                all ranks; NaN for None.
+            names (`Sequence[str]`): Names of the functions.
+
+        Raises:
+            ValueError: For the last of `MOST_UNSCORABLE_BATCHES` in a row in which no function scored any rollout.
+        """
+        self._unscorable_batches = self._unscorable_batches + 1 if rewards.isnan().all() else 0
+        if self._unscorable_batches == MOST_UNSCORABLE_BATCHES:
+            self._unscorable_batches = 0
+            raise ValueError(
+                f"In {MOST_UNSCORABLE_BATCHES} generation batches in a row no rollout got a reward: "
+                f"{' and '.join(map(repr, names))} returned None or NaN for each. There is nothing to learn from; do "
+                "the rows hold what the reward reads, in the form that it reads?"
+            )
 
 
 def check_rewards(name: str, output: Any, count: int) -> list | Failure:

@@ -5,6 +5,7 @@ trains exactly as in TRL. The ranks' part is in `distributed/test_bad_ranks.py`.
 
 import asyncio
 import functools
+import itertools
 import math
 import os
 import warnings
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftRLOOTrainer
-from entrocraft_trl.reward_guard import LARGEST_REWARD, RewardGuard
+from entrocraft_trl.reward_guard import LARGEST_REWARD, MOST_UNSCORABLE_BATCHES, RewardGuard
 from entrocraft_trl.rewards import reward_name
 
 
@@ -333,6 +334,65 @@ def test_a_bad_reward_ends_the_run_before_anything_changes(trainer_class, value)
     assert trainer.state.global_step == 1
     tiny.assert_same_parameters(trainer.model, reference.model)
     assert trainer.control_memory.last_entropy == reference.control_memory.last_entropy
+
+
+def silent_in(batches):
+    """A reward that scores nothing in the given training batches, counted from 1; each None or NaN in turn."""
+    served = itertools.count(1)
+
+    def judge(completions, **kwargs):
+        nothing = itertools.cycle([None, math.nan])
+        silent = next(served) in batches
+        return [next(nothing) if silent else float(row) for row in range(len(completions))]
+
+    return judge
+
+
+def unapplied(completions, **kwargs):
+    return [None] * len(completions)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_that_nothing_scores_ends():
+    """Plain TRL trains on with gradients of zero, and ends as if all were well."""
+    trainer = tiny.build_trainer(
+        reward_funcs=[silent_in(range(3, 99)), unapplied], args=tiny.build_config(max_steps=20, **tiny.WIDE_OPEN)
+    )
+    with pytest.raises(ValueError, match="In 10 generation batches in a row .*'judge' and 'unapplied' returned None"):
+        trainer.train()
+    assert trainer.state.global_step == 2 + MOST_UNSCORABLE_BATCHES - 1
+    trainer.reward_funcs[0] = silent_in(range(1, 2))  # mended: the first batch after it is not the eleventh
+    trainer.train()
+    assert trainer.state.global_step == 20
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_judge_that_is_away_for_a_while_does_not_end_the_run():
+    away = [*range(1, MOST_UNSCORABLE_BATCHES), *range(MOST_UNSCORABLE_BATCHES + 1, 2 * MOST_UNSCORABLE_BATCHES)]
+    trainer = tiny.build_trainer(
+        reward_funcs=silent_in(away), args=tiny.build_config(max_steps=away[-1], **tiny.WIDE_OPEN)
+    )
+    trainer.train()
+    assert tiny.history(trainer, "reward")[MOST_UNSCORABLE_BATCHES - 1] == 3.5  # of 0 to 7, in the batch between
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_batches_of_an_evaluation_do_not_count():
+    """Its rows may lack what the reward reads; training goes on."""
+
+    def only_in_training(completions, answer, **kwargs):
+        return [float(text) if text else None for text in answer]
+
+    rows = tiny.build_dataset(MOST_UNSCORABLE_BATCHES + 1)
+    trainer = tiny.build_trainer(
+        reward_funcs=only_in_training,
+        args=tiny.build_config(per_device_eval_batch_size=4, num_generations=4, **tiny.WIDE_OPEN),
+        train_dataset=rows.add_column("answer", ["1"] * len(rows)),
+        eval_dataset=rows.add_column("answer", [""] * len(rows)),
+    )
+    trainer.evaluate()
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_a_bad_reward_in_evaluation_is_refused(trainer):
