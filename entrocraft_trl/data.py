@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .broken_files import find_broken_line
+from .printable import printable
 
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def prepare_rows(
 
 def check_column(column: str, columns: Sequence[str]) -> None:
     if column not in columns:
-        raise ValueError(f"the data set has no column {column!r}; its columns are: {', '.join(columns)}")
+        raise ValueError(f"the data set has no column {column!r}; its columns are: {printable(', '.join(columns))}")
 
 
 def drop_long_prompts(

@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import gather_object
 from trl.trainer.utils import is_async_callable
 
+from .printable import printable
+
 
 # The standard deviation of a group squares its rewards, and the square of more than 1.8e19 is infinite in float32.
 LARGEST_REWARD = 1e18
@@ -62,7 +64,7 @@ class RewardGuard:
 
         def raised(error: Exception, count: int) -> list[float]:
             # On which of the rollouts, only another call could tell; and a judge may be paid by the call.
-            return failed(Failure(name, f"raised {type(error).__name__}: {error}", cause=error), count)
+            return failed(Failure(name, f"raised {type(error).__name__}: {printable(str(error))}", cause=error), count)
 
         def guarded(completions: list, **kwargs) -> list:
             try:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .printable import printable
+
 
 # Their verifier is math-verify. Names and values are those of `trl grpo --reward_funcs`.
 TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
@@ -117,5 +119,5 @@ def check_reward_columns(rewards: Sequence[Callable | str], columns: Sequence[st
             hint = "; name the answers' column with --answer_column" if parameter.name == "solution" else ""
             raise ValueError(
                 f"reward {reward_name(reward)!r} reads the column {parameter.name!r}, which the data "
-                f"set does not have (columns: {', '.join(columns)}){hint}"
+                f"set does not have (columns: {printable(', '.join(columns))}){hint}"
             )

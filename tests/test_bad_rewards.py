@@ -166,6 +166,14 @@ def test_an_exception_names_the_rollouts_and_stays_the_cause(trainer):
     assert error.value.__cause__.__traceback__.tb_next is not None  # shows the line in the user's function
 
 
+def test_an_exceptions_text_gives_a_terminal_no_orders(trainer):
+    def judge(completions, **kwargs):
+        raise ValueError(f"cannot score {completions[0]}\x1b[2J")
+
+    with pytest.raises(ValueError, match=r"raised ValueError: cannot score completion 0\\x1b\[2J \(rollouts"):
+        calculate(trainer, judge)
+
+
 def test_a_function_that_failed_is_not_called_again(trainer):
     """It may have side effects, and a judge may be paid by the call."""
     called_with = []

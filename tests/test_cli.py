@@ -16,6 +16,7 @@ from entrocraft_trl import rewards
 from entrocraft_trl.cli import COMMANDS, main
 from entrocraft_trl.cli.train import resolve_checkpoint
 from entrocraft_trl.plots import read_log
+from entrocraft_trl.printable import printable
 
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +220,50 @@ def test_one_line_for_what_a_user_gets_wrong(tiny_model, tmp_path, capsys, extra
         assert main([*argv, "--dry_run"]) == 0
     else:
         assert message in error_line(argv, capsys)
+
+
+# Clears the screen and goes on in green; and turns the direction of writing.
+ORDERS = "\x1b[2J\x1b[32m\x07\u202e"
+ORDERS_SHOWN = r"\x1b[2J\x1b[32m\x07\u202e"
+
+
+def test_what_does_not_print_is_shown_as_python_shows_it():
+    assert printable(f"αβγ 数学 🙂 {ORDERS}\n\x85\ud800\\") == rf"αβγ 数学 🙂 {ORDERS_SHOWN}\n\x85\ud800" + "\\"
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    assert printable(every).isprintable()
+
+
+def test_the_dry_run_gives_a_terminal_no_orders(tiny_model, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    row = {f"question{ORDERS}": f"2+2?{ORDERS}", "answer": f"4{ORDERS}"}
+    data.write_text("\n".join([json.dumps(row)] * 2))
+    options = [*gsm8k_options(tiny_model, tmp_path / "run", data), "--prompt_column", f"question{ORDERS}"]
+    options.remove("--answer_after")
+    options.remove("####")
+    assert main(["train", *options, "--prompt_format", "text", "--dry_run"]) == 0
+    plan = capsys.readouterr().out
+    assert f"first prompt     2+2?{ORDERS_SHOWN}\n" in plan
+    assert f"first solution   4{ORDERS_SHOWN}\n" in plan
+    assert f"columns: prompt, solution, question{ORDERS_SHOWN}, answer\n" in plan
+    assert printable(plan.replace("\n", "")) == plan.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--prompt_column", "absent"], f"its columns are: question{ORDERS_SHOWN}"),
+        (["--prompt_column", f"no{ORDERS}"], f"no column {f'no{ORDERS}'!r}"),
+        (["--reward_funcs", "raising_module:f"], f"ValueError: judge{ORDERS_SHOWN}"),
+    ],
+)
+def test_errors_give_a_terminal_no_orders(tiny_model, tmp_path, capsys, monkeypatch, extra, said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({f"question{ORDERS}": "2+2?"}))
+    (tmp_path / "raising_module.py").write_text(f"raise ValueError({f'judge{ORDERS}'!r})")
+    monkeypatch.chdir(tmp_path)
+    options = gsm8k_options(tiny_model, tmp_path / "run", tmp_path / "rows.jsonl")
+    line = error_line(["train", *options, *extra], capsys)
+    assert said in line
+    assert printable(line) == line
 
 
 def test_one_line_for_a_missing_answer_column(tiny_model, tmp_path, capsys):

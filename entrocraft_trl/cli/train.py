@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..printable import printable
 from . import CommandError, is_main_process, user_errors
 from .arguments import EntrocraftScriptArguments, parse, prompt_format
 
@@ -235,7 +236,7 @@ def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
     for progress in (0.0, 0.5, 1.0):
         low, high = args.band_at(progress)
         lines.append(f"band at {progress:>4.0%}     {low:.3f} to {high:.3f} {unit}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _train(
