@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from trl import GRPOTrainer, RLOOTrainer
 
 from . import diagnosis, entropy, groups, loss_inputs, rejection, schedule
 from .config import EntropyControlConfig
@@ -64,39 +65,55 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             own has no `loss_normaliser`.
         ValueError: If `entropy_band` returns an invalid band, or `entropy_source="sampling"` has no engine that
             returns log-probs; or if `train_dataset` has too few rows, no prompts, or an empty one; or, with
-            `rejected_rollouts="drop"`, if `loss_type` or `loss_normaliser` is unknown. All before a model loads.
+            `rejected_rollouts="drop"`, if `loss_type` or `loss_normaliser` is unknown. All before a model loads,
+            unless the parent has a constructor of its own: then right after it.
     """
 
     _config_class = EntropyControlConfig
 
     def __init__(self, *args, entropy_band: Callable[[float], tuple[float, float]] | None = None, **kwargs):
-        arguments = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
-        config = arguments.get("args")
-        if config is None:
-            model = arguments.get("model")
-            name = model if isinstance(model, str) else model.config._name_or_path
-            kwargs["args"] = config = self._config_class(f"{name.split('/')[-1]}-Entrocraft")
-        elif not isinstance(config, self._config_class):
+        if entropy_band is not None:
+            schedule.check_band_function(entropy_band)
+        # TRL's constructor loads the model, so what it gets is checked before. A constructor of the user's that stands
+        # between may name its arguments as it likes, make them itself or change them: what became of them is only
+        # known when it is done, and a guess would refuse what is right or miss what is wrong.
+        parent = super().__init__
+        is_trls = parent.__func__ in (GRPOTrainer.__init__, RLOOTrainer.__init__)
+        if is_trls:
+            call = inspect.signature(parent).bind(*args, **kwargs)
+            given = call.arguments
+            if given.get("args") is None:
+                model = given["model"]
+                name = model if isinstance(model, str) else model.config._name_or_path
+                given["args"] = self._config_class(f"{name.split('/')[-1]}-Entrocraft")
+            names = ("train_dataset", "rollout_func", "environment_factory")
+            self._check_arguments(given["args"], *(given.get(name) for name in names))
+            args, kwargs = call.args, call.kwargs
+        self._captured_passes: list[entropy.PolicyPass] | None = None
+        self._teaching_rollouts: torch.Tensor | float = 0.0  # of the optimizer step under way
+        self._reward_guard = RewardGuard()
+        super().__init__(*args, **kwargs)
+        if not is_trls:
+            names = ("train_dataset", "rollout_func", "environment_factories")  # RLOO has the first only
+            self._check_arguments(self.args, *(getattr(self, name, None) for name in names))
+        self._entropy_band = entropy_band or self.args.band_at
+        self.add_callback(EntropyControlState())
+
+    def _check_arguments(self, config: Any, train_dataset: Any, rollout_func: Any, environments: Any) -> None:
+        if not isinstance(config, self._config_class):
             raise TypeError(
                 f"{type(self).__name__} needs args of type {self._config_class.__name__}, got "
                 f"{type(config).__name__}; it takes the same arguments and adds the entropy band."
             )
-        if entropy_band is not None:
-            schedule.check_band_function(entropy_band)
-        if config.entropy_source == "sampling" and not config.use_vllm and arguments.get("rollout_func") is None:
+        if config.entropy_source == "sampling" and not config.use_vllm and rollout_func is None:
             raise ValueError(
                 "entropy_source='sampling' needs a rollout engine that returns log-probs, got use_vllm=False and no "
                 "rollout_func; use entropy_source='policy'."
             )
         if config.rejected_rollouts == "drop":
             loss_inputs.loss_normaliser(type(self), config)
-        check_training_rows(arguments.get("train_dataset"), config.generation_batch_size // config.num_generations)
-        self._entropy_band = entropy_band or config.band_at
-        self._captured_passes: list[entropy.PolicyPass] | None = None
-        self._teaching_rollouts: torch.Tensor | float = 0.0  # of the optimizer step under way
-        self._reward_guard = RewardGuard()
-        super().__init__(*args, **kwargs)
-        self.add_callback(EntropyControlState())
+        batch_prompts = config.generation_batch_size // config.num_generations
+        check_training_rows(train_dataset, batch_prompts, needs_prompts=environments is None)
 
     @property
     def control_memory(self) -> ControlMemory:
@@ -152,6 +169,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         finally:
             self.reward_funcs = functions
         self._reward_guard.refuse(rewards, names, self.accelerator.process_index, prompts, completions)
+        if self.model.training:
+            self._reward_guard.end_without_rewards(rewards, names)
         return rewards
 
     def compute_loss(self, model, inputs, *args, **kwargs):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .broken_files import check_csv_headers, find_fault
+from .broken_files import find_broken_line
+from .printable import printable
 
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def load_rows(
         cause = error
         while cause.__cause__ is not None:  # `datasets` wraps the parser's message, which says what is wrong
             cause = cause.__cause__
-        what = find_fault(files) or cause
+        what = find_broken_line(files) or str(cause) or "the file is empty"
         raise ValueError(f"cannot load split {split!r} of data set {name!r}: {what}") from error
 
 
@@ -62,8 +63,6 @@ def _load_files(files: list[str], split: str, streaming: bool) -> Dataset | Iter
     from datasets import load_dataset
 
     builder = BUILDERS[Path(files[0]).suffix.lower()]
-    if builder == "csv":
-        check_csv_headers(files)
     rows = load_dataset(builder, data_files=files, split=split, streaming=streaming)
     if builder == "json" and not streaming:
         # The JSON reader lets bytes pass that are no UTF-8, which would end the run when that row is drawn.
@@ -233,7 +232,7 @@ def prepare_rows(
 
 def check_column(column: str, columns: Sequence[str]) -> None:
     if column not in columns:
-        raise ValueError(f"the data set has no column {column!r}; its columns are: {', '.join(columns)}")
+        raise ValueError(f"the data set has no column {column!r}; its columns are: {printable(', '.join(columns))}")
 
 
 def drop_long_prompts(

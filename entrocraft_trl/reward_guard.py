@@ -1,7 +1,6 @@
-"""Bad rewards end the run on all ranks together, with a message that names the function and the rollout."""
+"""Bad rewards end the run on all ranks together, with a message that names the function and its rollouts."""
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,11 +9,14 @@ import torch
 from accelerate.utils import gather_object
 from trl.trainer.utils import is_async_callable
 
+from .printable import printable
+
 
 # The standard deviation of a group squares its rewards, and the square of more than 1.8e19 is infinite in float32.
 LARGEST_REWARD = 1e18
-# Other ranks wait while a rank looks for the rollout that a function fails on; far below any collective's time limit.
-SEARCH_SECONDS = 10.0
+# Generation batches in a row without any reward that end a run. It sits out a judge that is away for some batches; by
+# chance it is not met: with half of the prompts never scored and two prompts a batch, once in a million batches.
+MOST_UNSCORABLE_BATCHES = 10
 
 
 class Failure(NamedTuple):
@@ -37,6 +39,7 @@ class RewardGuard:
 
     def __init__(self):
         self._failures: list[Failure] = []
+        self._unscorable_batches = 0
         self._warned: set[str] = set()
 
     def wrap(self, functions: Sequence[Callable], names: Sequence[str]) -> list[Callable]:
@@ -59,18 +62,21 @@ class RewardGuard:
             self._failures.append(failure)
             return [math.inf] * count
 
+        def raised(error: Exception, count: int) -> list[float]:
+            # On which of the rollouts, only another call could tell; and a judge may be paid by the call.
+            return failed(Failure(name, f"raised {type(error).__name__}: {printable(str(error))}", cause=error), count)
+
         def guarded(completions: list, **kwargs) -> list:
             try:
                 return outcome(function(completions=completions, **kwargs), len(completions))
             except Exception as error:
-                row = find_failing_row(function, {"completions": completions, **kwargs}, len(completions))
-                return failed(Failure(name, f"raised {type(error).__name__}: {error}", row, error), len(completions))
+                return raised(error, len(completions))
 
         async def guarded_async(completions: list, **kwargs) -> list:
             try:
                 return outcome(await function(completions=completions, **kwargs), len(completions))
             except Exception as error:
-                return failed(Failure(name, f"raised {type(error).__name__}: {error}", None, error), len(completions))
+                return raised(error, len(completions))
 
         return guarded_async if is_async_callable(function) else guarded
 
@@ -113,6 +119,28 @@ class RewardGuard:
         cause = next((failure.cause for failure in self._failures if failure.cause is not None), None)
         raise ValueError("; ".join(everywhere)) from cause
 
+    def end_without_rewards(self, rewards: torch.Tensor, names: Sequence[str]) -> None:
+        """
+        End a training in which nothing is scored any more: its gradients are zero, and it would go on to the end as if
+        all were well. Not saved in checkpoints: who resumes such a run has mended its rewards, or is told again.
+
+        Args:
+            rewards (`torch.Tensor` of shape `(B * ranks, functions)`): Of a generation batch, as gathered, the same on
+                all ranks; NaN for None.
+            names (`Sequence[str]`): Names of the functions.
+
+        Raises:
+            ValueError: For the last of `MOST_UNSCORABLE_BATCHES` in a row in which no function scored any rollout.
+        """
+        self._unscorable_batches = self._unscorable_batches + 1 if rewards.isnan().all() else 0
+        if self._unscorable_batches == MOST_UNSCORABLE_BATCHES:
+            self._unscorable_batches = 0
+            raise ValueError(
+                f"In {MOST_UNSCORABLE_BATCHES} generation batches in a row no rollout got a reward: "
+                f"{' and '.join(map(repr, names))} returned None or NaN for each. There is nothing to learn from; do "
+                "the rows hold what the reward reads, in the form that it reads?"
+            )
+
 
 def check_rewards(name: str, output: Any, count: int) -> list | Failure:
     """`output` of a reward function as a list that TRL can read, or what is wrong with it."""
@@ -137,26 +165,6 @@ def check_rewards(name: str, output: Any, count: int) -> list | Failure:
 
 def _too_large(reward: Any) -> str:
     return f"returned {_quote(reward)}, where rewards must be finite and at most {LARGEST_REWARD:g} in size,"
-
-
-def find_failing_row(function: Callable, arguments: dict[str, Any], count: int) -> int | None:
-    """
-    The first rollout on which `function` fails when it gets one rollout at a time; `None` if it fails on none alone,
-    or not within `SEARCH_SECONDS`. Only called when the run is lost anyway.
-    """
-    deadline = time.monotonic() + SEARCH_SECONDS
-    for row in range(count):
-        single = {
-            key: [value[row]] if isinstance(value, list) and len(value) == count else value
-            for key, value in arguments.items()
-        }
-        try:
-            function(**single)
-        except Exception:
-            return row
-        if time.monotonic() > deadline:
-            return None
-    return None
 
 
 def describe(failure: Failure, first_row: int, prompts: list, completions: list) -> str:

@@ -6,6 +6,9 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from .printable import printable
 
 
 # Their verifier is math-verify. Names and values are those of `trl grpo --reward_funcs`.
@@ -60,6 +63,21 @@ def load_reward(name: str) -> Callable:
     return reward
 
 
+def reward_name(reward: Any) -> str:
+    """
+    The name under which TRL logs a reward: a function's or a class's, also through `functools.partial`; of a reward
+    model, the last part of its id. A model that is still only a name keeps that.
+    """
+    import torch
+    from trl.trainer.utils import get_callable_name, get_config_model_id
+
+    if isinstance(reward, str):
+        return reward
+    if isinstance(reward, torch.nn.Module):
+        return get_config_model_id(reward.config).split("/")[-1]
+    return get_callable_name(reward)
+
+
 def _accept_text(reward: Callable) -> Callable:
     """TRL's rewards read chat messages. Plain-text completions reach them as one message of the assistant."""
 
@@ -87,7 +105,11 @@ def check_reward_columns(rewards: Sequence[Callable | str], columns: Sequence[st
     for reward in rewards:
         if isinstance(reward, str):
             continue
-        for parameter in inspect.signature(reward).parameters.values():
+        try:
+            parameters = inspect.signature(reward).parameters.values()
+        except ValueError:  # compiled code need not show them; TRL calls it all the same
+            continue
+        for parameter in parameters:
             optional = parameter.default is not parameter.empty or parameter.kind in (
                 parameter.VAR_POSITIONAL,
                 parameter.VAR_KEYWORD,
@@ -96,6 +118,6 @@ def check_reward_columns(rewards: Sequence[Callable | str], columns: Sequence[st
                 continue
             hint = "; name the answers' column with --answer_column" if parameter.name == "solution" else ""
             raise ValueError(
-                f"reward {getattr(reward, '__name__', reward)!r} reads the column {parameter.name!r}, which the data "
-                f"set does not have (columns: {', '.join(columns)}){hint}"
+                f"reward {reward_name(reward)!r} reads the column {parameter.name!r}, which the data "
+                f"set does not have (columns: {printable(', '.join(columns))}){hint}"
             )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _TAKEN_COLUMNS = ("prompts", "completions")
 
 
-def check_training_rows(rows: Any, batch_prompts: int) -> None:
+def check_training_rows(rows: Any, batch_prompts: int, needs_prompts: bool = True) -> None:
     """
     Check the rows that a trainer is given, before its model loads. TRL would end such a run without a step and without
     an error, or with an obscure one in the middle of a step.
@@ -24,6 +24,8 @@ def check_training_rows(rows: Any, batch_prompts: int) -> None:
             Data set in TRL's format. Streams, whose rows are not there yet, and other types are left to TRL.
         batch_prompts (`int`):
             Different prompts of one generation batch.
+        needs_prompts (`bool`, *optional*, defaults to `True`):
+            Whether a column `prompt` is a must; not where an environment gives the prompts.
 
     Raises:
         `ValueError`: for fewer rows than one batch takes, a missing or unusable column, or an empty prompt.
@@ -39,7 +41,8 @@ def check_training_rows(rows: Any, batch_prompts: int) -> None:
             "rows, lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations"
         )
     columns = list(rows[0])  # of a row, since a transform may make columns
-    check_column("prompt", columns)
+    if needs_prompts:
+        check_column("prompt", columns)
     for name in _TAKEN_COLUMNS:
         if name in columns:
             raise ValueError(f"rename the column {name!r}: TRL gives reward functions an argument of that name")

@@ -4,6 +4,8 @@ trains exactly as in TRL. The ranks' part is in `distributed/test_bad_ranks.py`.
 """
 
 import asyncio
+import functools
+import itertools
 import math
 import os
 import warnings
@@ -15,8 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftRLOOTrainer, reward_guard
-from entrocraft_trl.reward_guard import LARGEST_REWARD, RewardGuard, find_failing_row
+from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftRLOOTrainer
+from entrocraft_trl.reward_guard import LARGEST_REWARD, MOST_UNSCORABLE_BATCHES, RewardGuard
+from entrocraft_trl.rewards import reward_name
 
 
 SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
@@ -153,28 +156,37 @@ def failing_at_5(completions, answer, **kwargs):
     return [1 / (5 - int(text)) for text in answer]
 
 
-def test_an_exception_names_the_rollout_and_stays_the_cause(trainer):
+def test_an_exception_names_the_rollouts_and_stays_the_cause(trainer):
     with pytest.raises(ValueError) as error:
         calculate(trainer, failing_at_5)
     assert str(error.value) == (
-        "The reward function 'failing_at_5' raised ZeroDivisionError: division by zero for rollout 5 of the batch "
-        "(prompt '5+5=?', completion 'completion 5')"
+        "The reward function 'failing_at_5' raised ZeroDivisionError: division by zero (rollouts 0 to 7 of the batch)"
     )
     assert isinstance(error.value.__cause__, ZeroDivisionError)
     assert error.value.__cause__.__traceback__.tb_next is not None  # shows the line in the user's function
 
 
-def test_an_exception_of_the_batch_as_a_whole_names_its_rollouts(trainer):
-    def needs_one(completions, **kwargs):
-        if len(completions) > 1:
-            raise KeyError("one at a time")
-        return [1.0]
+def test_an_exceptions_text_gives_a_terminal_no_orders(trainer):
+    def judge(completions, **kwargs):
+        raise ValueError(f"cannot score {completions[0]}\x1b[2J")
+
+    with pytest.raises(ValueError, match=r"raised ValueError: cannot score completion 0\\x1b\[2J \(rollouts"):
+        calculate(trainer, judge)
+
+
+def test_a_function_that_failed_is_not_called_again(trainer):
+    """It may have side effects, and a judge may be paid by the call."""
+    called_with = []
+
+    def judge(completions, **kwargs):
+        called_with.append(len(completions))
+        raise KeyError("no more credit")
 
     with pytest.raises(
-        ValueError, match=r"raised KeyError: 'one at a time' \(rollouts 0 to 7 of the batch\)"
-    ) as error:
-        calculate(trainer, needs_one)
-    assert isinstance(error.value.__cause__, KeyError)
+        ValueError, match=r"'judge' raised KeyError: 'no more credit' \(rollouts 0 to 7 of the batch\)"
+    ):
+        calculate(trainer, judge)
+    assert called_with == [ROWS]
 
 
 def test_an_exception_in_an_async_function_stays_the_cause(trainer):
@@ -190,7 +202,7 @@ def test_several_failures_are_all_named(trainer):
     with pytest.raises(ValueError) as error:
         calculate(trainer, failing_at_5, constant(with_bad("x", 2)), constant([1.0] * ROWS, "good_reward"))
     first, second = str(error.value).split("; ")
-    assert "'failing_at_5' raised ZeroDivisionError" in first and "rollout 5" in first
+    assert "'failing_at_5' raised ZeroDivisionError" in first and "rollouts 0 to 7" in first
     assert "'my_reward' returned 'x'" in second and "rollout 2" in second
 
 
@@ -201,25 +213,6 @@ def test_leaving_the_program_is_not_held_up(trainer):
     with pytest.raises(KeyboardInterrupt):
         calculate(trainer, stop)
     assert trainer.reward_funcs == [stop]
-
-
-def test_the_search_for_the_rollout_gives_up_in_time(monkeypatch):
-    """Other ranks wait meanwhile, and a collective that waits too long ends the run without a message."""
-    asked = []
-
-    def judge(completions, **kwargs):
-        asked.append(len(completions))
-        clock[0] += 4.0
-        if completions == ["c7"]:
-            raise OSError
-
-    clock = [0.0]
-    monkeypatch.setattr(reward_guard.time, "monotonic", lambda: clock[0])
-    arguments = {"completions": [f"c{row}" for row in range(ROWS)], "trainer_state": object()}
-    assert find_failing_row(judge, arguments, ROWS) is None
-    assert asked == [1, 1, 1]  # 12 seconds are more than the 10 allowed
-    monkeypatch.setattr(reward_guard, "SEARCH_SECONDS", 60.0)
-    assert find_failing_row(judge, arguments, ROWS) == 7
 
 
 def test_a_reward_model_is_checked_too():
@@ -237,6 +230,61 @@ def test_a_reward_model_is_checked_too():
 
 
 # ------------------------------------------------------------------------------------------------- what TRL does take
+
+
+def scaled(completions, scale, **kwargs):
+    return [scale * len(set(text)) for text in completions]
+
+
+class Judge:
+    """A callable object, which has no name but its class's."""
+
+    def __call__(self, completions, **kwargs):
+        return scaled(completions, 0.5)
+
+
+class AsyncJudge:
+    async def __call__(self, completions, **kwargs):
+        await asyncio.sleep(0)
+        return scaled(completions, 0.5)
+
+
+async def scaled_later(completions, scale=0.5, **kwargs):
+    await asyncio.sleep(0)
+    return scaled(completions, scale)
+
+
+def by_step(completions, trainer_state, **kwargs):
+    return scaled(completions, 0.5 + trainer_state.global_step)
+
+
+def logging_more(completions, log_extra, log_metric, **kwargs):
+    rewards = scaled(completions, 0.5)
+    log_extra("letters", [len(set(text)) for text in completions])
+    log_metric("first", rewards[0])
+    return rewards
+
+
+FORMS = {
+    "scaled": functools.partial(scaled, scale=0.5),
+    "scaled_later": functools.partial(functools.partial(scaled_later), scale=0.25),
+    "Judge": Judge(),
+    "AsyncJudge": AsyncJudge(),
+    "by_step": by_step,
+    "logging_more": logging_more,
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_whatever_trl_takes_for_a_reward_trains_as_in_trl(name):
+    (plain, _), (ours, _) = tiny.run_pair({"max_steps": 2}, reward_funcs=FORMS[name])
+    tiny.assert_same_parameters(ours.model, plain.model)
+    keys = [f"rewards/{name}/mean", f"rewards/{name}/std", *(["first"] if name == "logging_more" else [])]
+    for key in keys:
+        assert len(tiny.history(plain, key)) == 2, plain.state.log_history
+        assert tiny.history(ours, key) == tiny.history(plain, key)
+    assert tiny.history(plain, keys[1])[0] > 0
+    assert reward_name(FORMS[name]) == ours.reward_func_names[0] == name
 
 
 def test_nan_warns_once_for_each_function(trainer):
@@ -294,6 +342,65 @@ def test_a_bad_reward_ends_the_run_before_anything_changes(trainer_class, value)
     assert trainer.state.global_step == 1
     tiny.assert_same_parameters(trainer.model, reference.model)
     assert trainer.control_memory.last_entropy == reference.control_memory.last_entropy
+
+
+def silent_in(batches):
+    """A reward that scores nothing in the given training batches, counted from 1; each None or NaN in turn."""
+    served = itertools.count(1)
+
+    def judge(completions, **kwargs):
+        nothing = itertools.cycle([None, math.nan])
+        silent = next(served) in batches
+        return [next(nothing) if silent else float(row) for row in range(len(completions))]
+
+    return judge
+
+
+def unapplied(completions, **kwargs):
+    return [None] * len(completions)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_that_nothing_scores_ends():
+    """Plain TRL trains on with gradients of zero, and ends as if all were well."""
+    trainer = tiny.build_trainer(
+        reward_funcs=[silent_in(range(3, 99)), unapplied], args=tiny.build_config(max_steps=20, **tiny.WIDE_OPEN)
+    )
+    with pytest.raises(ValueError, match="In 10 generation batches in a row .*'judge' and 'unapplied' returned None"):
+        trainer.train()
+    assert trainer.state.global_step == 2 + MOST_UNSCORABLE_BATCHES - 1
+    trainer.reward_funcs[0] = silent_in(range(1, 2))  # mended: the first batch after it is not the eleventh
+    trainer.train()
+    assert trainer.state.global_step == 20
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_judge_that_is_away_for_a_while_does_not_end_the_run():
+    away = [*range(1, MOST_UNSCORABLE_BATCHES), *range(MOST_UNSCORABLE_BATCHES + 1, 2 * MOST_UNSCORABLE_BATCHES)]
+    trainer = tiny.build_trainer(
+        reward_funcs=silent_in(away), args=tiny.build_config(max_steps=away[-1], **tiny.WIDE_OPEN)
+    )
+    trainer.train()
+    assert tiny.history(trainer, "reward")[MOST_UNSCORABLE_BATCHES - 1] == 3.5  # of 0 to 7, in the batch between
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_batches_of_an_evaluation_do_not_count():
+    """Its rows may lack what the reward reads; training goes on."""
+
+    def only_in_training(completions, answer, **kwargs):
+        return [float(text) if text else None for text in answer]
+
+    rows = tiny.build_dataset(MOST_UNSCORABLE_BATCHES + 1)
+    trainer = tiny.build_trainer(
+        reward_funcs=only_in_training,
+        args=tiny.build_config(per_device_eval_batch_size=4, num_generations=4, **tiny.WIDE_OPEN),
+        train_dataset=rows.add_column("answer", ["1"] * len(rows)),
+        eval_dataset=rows.add_column("answer", [""] * len(rows)),
+    )
+    trainer.evaluate()
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_a_bad_reward_in_evaluation_is_refused(trainer):

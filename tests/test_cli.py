@@ -1,5 +1,6 @@
 """The command line: help, one-line errors, and a full run on GSM8K rows with a tiny model and math-verify rewards."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from entrocraft_trl import rewards
 from entrocraft_trl.cli import COMMANDS, main
 from entrocraft_trl.cli.train import resolve_checkpoint
 from entrocraft_trl.plots import read_log
+from entrocraft_trl.printable import printable
 
 
 ROOT = Path(__file__).parents[1]
@@ -220,6 +222,50 @@ def test_one_line_for_what_a_user_gets_wrong(tiny_model, tmp_path, capsys, extra
         assert message in error_line(argv, capsys)
 
 
+# Clears the screen and goes on in green; and turns the direction of writing.
+ORDERS = "\x1b[2J\x1b[32m\x07\u202e"
+ORDERS_SHOWN = r"\x1b[2J\x1b[32m\x07\u202e"
+
+
+def test_what_does_not_print_is_shown_as_python_shows_it():
+    assert printable(f"αβγ 数学 🙂 {ORDERS}\n\x85\ud800\\") == rf"αβγ 数学 🙂 {ORDERS_SHOWN}\n\x85\ud800" + "\\"
+    every = "".join(map(chr, range(sys.maxunicode + 1)))
+    assert printable(every).isprintable()
+
+
+def test_the_dry_run_gives_a_terminal_no_orders(tiny_model, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    row = {f"question{ORDERS}": f"2+2?{ORDERS}", "answer": f"4{ORDERS}"}
+    data.write_text("\n".join([json.dumps(row)] * 2))
+    options = [*gsm8k_options(tiny_model, tmp_path / "run", data), "--prompt_column", f"question{ORDERS}"]
+    options.remove("--answer_after")
+    options.remove("####")
+    assert main(["train", *options, "--prompt_format", "text", "--dry_run"]) == 0
+    plan = capsys.readouterr().out
+    assert f"first prompt     2+2?{ORDERS_SHOWN}\n" in plan
+    assert f"first solution   4{ORDERS_SHOWN}\n" in plan
+    assert f"columns: prompt, solution, question{ORDERS_SHOWN}, answer\n" in plan
+    assert printable(plan.replace("\n", "")) == plan.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--prompt_column", "absent"], f"its columns are: question{ORDERS_SHOWN}"),
+        (["--prompt_column", f"no{ORDERS}"], f"no column {f'no{ORDERS}'!r}"),
+        (["--reward_funcs", "raising_module:f"], f"ValueError: judge{ORDERS_SHOWN}"),
+    ],
+)
+def test_errors_give_a_terminal_no_orders(tiny_model, tmp_path, capsys, monkeypatch, extra, said):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({f"question{ORDERS}": "2+2?"}))
+    (tmp_path / "raising_module.py").write_text(f"raise ValueError({f'judge{ORDERS}'!r})")
+    monkeypatch.chdir(tmp_path)
+    options = gsm8k_options(tiny_model, tmp_path / "run", tmp_path / "rows.jsonl")
+    line = error_line(["train", *options, *extra], capsys)
+    assert said in line
+    assert printable(line) == line
+
+
 def test_one_line_for_a_missing_answer_column(tiny_model, tmp_path, capsys):
     options = gsm8k_options(tiny_model, tmp_path / "run")
     cut = options.index("--answer_column")
@@ -311,6 +357,57 @@ def test_every_trl_reward_loads(name):
         prompts=[""], completions=["<think>\na\n</think>\n\\boxed{1}"], completion_ids=[[1]], solution=["1"]
     )
     assert scores == ([0.0] if name.startswith("get_") else [1.0])
+
+
+REWARD_FORMS = """
+import functools
+
+
+def scaled(completions, scale, **kwargs):
+    return [scale * len(str(completion)) for completion in completions]
+
+
+async def later(completions, solution, log_metric, **kwargs):
+    return [None if "7" in text else 1.0 for text in solution]
+
+
+class Judge:
+    def __call__(self, completions, trainer_state, **kwargs):
+        return [float(trainer_state.global_step)] * len(completions)
+
+
+half = functools.partial(scaled, scale=0.5)
+judge = Judge()
+"""
+
+
+def test_every_form_of_reward_passes_the_dry_run_and_trains(tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "reward_forms.py").write_text(REWARD_FORMS)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    forms = ["--reward_funcs", "reward_forms:half", "reward_forms:later", "reward_forms:judge"]
+    options = [*gsm8k_options(tiny_model, run), *forms]
+    assert main(["train", *options, "--dry_run"]) == 0
+    assert "rewards          scaled, later, Judge\n" in capsys.readouterr().out
+    assert main(["train", *options]) == 0
+    logged = [record for record in read_log(run) if "reward" in record]
+    assert [record["rewards/Judge/mean"] for record in logged] == [0.0, 1.0]
+    assert all(record["rewards/scaled/std"] > 0 for record in logged)
+
+
+def test_columns_that_rewards_read(tiny_model):
+    class Judge:
+        def __call__(self, completions, gold, scale=1.0, **kwargs):
+            return [scale] * len(completions)
+
+    bound = functools.partial(Judge(), gold=["7"])
+    with pytest.raises(ValueError, match="reward 'Judge' reads the column 'gold'.*columns: prompt"):
+        rewards.check_reward_columns([bound, Judge()], ["prompt"])
+    rewards.check_reward_columns([bound, "a/reward-model", max], ["prompt"])  # compiled code shows no parameters
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    rewards.check_reward_columns([model], ["prompt"])
+    assert rewards.reward_name(model) == Path(tiny_model).name
+    assert rewards.reward_name("a/reward-model") == "a/reward-model"
 
 
 def test_own_rewards_by_module_and_by_dotted_path():

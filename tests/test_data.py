@@ -99,6 +99,7 @@ def test_drop_long_prompts():
     ("table", "form", "message"),
     [
         (rows(question=["a"]), PromptFormat(), "no column 'prompt'; its columns are: question"),
+        (rows(**{"a\x1b[2J": ["a"]}), PromptFormat(), r"no column 'prompt'; its columns are: a\\x1b\[2J$"),
         (rows(prompt=["a"]), PromptFormat(answer_column="gold"), "no column 'gold'; its columns are: prompt"),
         (rows(prompt=["a", "  "]), PromptFormat(), "row 1, column 'prompt': the prompt is empty"),
         (rows(prompt=["a", None]), PromptFormat(), "row 1, column 'prompt': the prompt is empty .None."),

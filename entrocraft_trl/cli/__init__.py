@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from ..printable import printable
+
 
 # Command -> its line in the help. The module of the same name beside this file holds `main(argv)`, imported on use.
 COMMANDS = {
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         # One line per node: every process of a launcher fails alike.
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"entrocraft: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"entrocraft: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of a pipe has left, as in `entrocraft train --help | head`.

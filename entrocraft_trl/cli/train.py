@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..printable import printable
 from . import CommandError, is_main_process, user_errors
 from .arguments import EntrocraftScriptArguments, parse, prompt_format
 
@@ -209,6 +210,8 @@ def _load_tokenizer(training_args, model_args):
 
 def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
     """The plan of a run, for people: model, data, rewards, batches, and the band at its start, middle and end."""
+    from ..rewards import reward_name
+
     rows: Dataset | IterableDataset = inputs["train_dataset"]
     first = next(iter(rows))
     rollouts = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -217,7 +220,7 @@ def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
     if hasattr(rows, "__len__"):
         size = f"{len(rows)} rows"
         steps = steps or math.ceil(args.num_train_epochs * len(rows) * args.num_generations / rollouts)
-    rewards = [reward if isinstance(reward, str) else reward.__name__ for reward in inputs["reward_funcs"]]
+    rewards = [reward_name(reward) for reward in inputs["reward_funcs"]]
     unit = "nats" if args.entropy_unit == "nats" else "times the initial entropy"
     lines = [
         f"model            {inputs['model']}",
@@ -233,7 +236,7 @@ def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
     for progress in (0.0, 0.5, 1.0):
         low, high = args.band_at(progress)
         lines.append(f"band at {progress:>4.0%}     {low:.3f} to {high:.3f} {unit}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _train(

@@ -42,11 +42,11 @@ class BrokenOnRankOne(EntrocraftGRPOTrainer):
         return result
 
 
-def train(trainer_class=EntrocraftGRPOTrainer, reward=tiny.share_of_digits):
+def train(trainer_class=EntrocraftGRPOTrainer, reward=tiny.share_of_digits, steps=2):
     trainer = tiny.build_trainer(
         trainer_class,
         args=tiny.build_config(
-            output_dir=str(folder / "run"), per_device_train_batch_size=4, max_steps=2, dataloader_pin_memory=False
+            output_dir=str(folder / "run"), per_device_train_batch_size=4, max_steps=steps, dataloader_pin_memory=False
         ),
         reward_funcs=reward,
         rollout_func=tiny.rollout_function(ROLLOUTS[4 * RANK : 4 * RANK + 4]),
@@ -68,6 +68,8 @@ for name, rank, change in (
     ("exception", 0, fail_alone),
 ):
     _, outcomes[name] = train(reward=on_rank(rank, change))
+_, outcomes["unscored"] = train(reward=on_rank(RANK, lambda rewards: [None] * len(rewards)), steps=12)
+_, outcomes["half scored"] = train(reward=on_rank(1, lambda rewards: [None] * len(rewards)), steps=12)
 trainer, outcomes["logits"] = train(BrokenOnRankOne)
 outcomes["logits"]["initial_entropy"] = trainer.control_memory.initial_entropy
 trainer, outcomes["healthy"] = train()
