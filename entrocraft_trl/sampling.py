@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
+from .entropy import eval_mode
+
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -139,30 +141,25 @@ def sample_prompts(
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
     rows = [prompt for prompt in prompts for _ in range(n)]
     samples: list[Sample] = []
-    was_training = model.training
-    model.eval()
     device = model.device
-    try:
-        # The generator of the current device is forked too, so that an evaluation during training changes no rollout.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            bar = tqdm(total=len(rows), desc="Sampling", unit="completion", disable=not progress)
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                samples += _sample_rows(
-                    model,
-                    tokenizer,
-                    batch,
-                    measure_entropy=measure_entropy,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    max_new_tokens=max_new_tokens,
-                )
-                bar.update(len(batch))
-            bar.close()
-    finally:
-        model.train(was_training)
+    # The generator of the current device is forked too, so that an evaluation during training changes no rollout.
+    with eval_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        bar = tqdm(total=len(rows), desc="Sampling", unit="completion", disable=not progress)
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            samples += _sample_rows(
+                model,
+                tokenizer,
+                batch,
+                measure_entropy=measure_entropy,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                max_new_tokens=max_new_tokens,
+            )
+            bar.update(len(batch))
+        bar.close()
     return [samples[start : start + n] for start in range(0, len(samples), n)]
 
 
@@ -183,8 +180,8 @@ def sample_completions(
     """
     Sample `n` completions for each prompt with `model.generate`, on the model's device.
 
-    The model's mode (training or evaluation) and the global random state are as before afterwards. The completions
-    depend on the seed and on `batch_size`.
+    The mode (training or evaluation) of each of the model's modules and the global random state are as before
+    afterwards. The completions depend on the seed and on `batch_size`.
 
     Args:
         model (`PreTrainedModel`): Causal language model.

@@ -88,6 +88,24 @@ def test_sampling_follows_the_seed_and_changes_no_state(model, tokenizer):
     assert len(set(first[0])) > 1
 
 
+def test_sampling_keeps_the_mode_of_every_module_and_calls_no_train(model, tokenizer, monkeypatch):
+    """`train` and `eval` of a model may do more than set flags: transformers' swap the kernels of the Hub."""
+    model.train()
+    model.model.layers[0].eval()  # a frozen part that the user keeps in eval mode
+    before = [module.training for module in model.modules()]
+    monkeypatch.setattr(type(model), "train", lambda self, mode=True: pytest.fail(f"train({mode}) was called"))
+    generate, during = model.generate, []
+
+    def generate_and_look(*args, **kwargs):
+        during.extend(module.training for module in model.modules())
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", generate_and_look)
+    sample_completions(model, tokenizer, ["24="], 1, **SAMPLING)
+    assert not any(during)
+    assert [module.training for module in model.modules()] == before and True in before
+
+
 def test_prompts_keep_their_completions_across_batches(model, tokenizer):
     # Near temperature 0 the sampling is greedy, and the answer depends on nothing but the prompt.
     prompts = ["1=", "24=", "345=", "9"]
