@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,6 +69,17 @@ def _entropy_head(model: PreTrainedModel) -> Iterator[None]:
             base.forward = patched
 
 
+def _positions(model: PreTrainedModel, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    `position_ids` `(B, T)` as `generate` hands them over, if the model takes any. Without them, models with absolute
+    positions (GPT-2) count padding on the left as text.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)}
+
+
 def _sample_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -101,7 +113,13 @@ def _sample_rows(
         attention_mask = torch.cat([attention_mask, mask.long()], dim=1)
         labels = torch.cat([torch.full_like(prompts, -100), completions.masked_fill(~mask, -100)], dim=1)
         with _entropy_head(model):
-            output = model(input_ids=ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
+            output = model(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                fused_lm_head=True,
+                **_positions(model, attention_mask),
+            )
         sums = output.entropy.double().sum(dim=1).tolist()  # zero where the label is -100
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     kept = [row[row_mask].tolist() for row, row_mask in zip(completions, mask, strict=True)]

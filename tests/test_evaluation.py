@@ -8,8 +8,10 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from entrocraft_trl.evaluation import evaluate_policy, pass_at_k, sample_completions, summarise
+from entrocraft_trl.sampling import sample_prompts
 from entrocraft_trl.tasks.expressions import build_model, build_tokenizer
 
 
@@ -172,6 +174,30 @@ def test_entropy_counts_completion_tokens_up_to_the_end_of_sequence(model, token
         entropies.append(torch.distributions.Categorical(logits=logits).entropy())
     assert [len(values) for values in entropies] == [6, 4]
     assert result["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
+
+
+def test_entropy_of_absolute_positions_does_not_depend_on_left_padding(tokenizer):
+    """GPT-2 counts positions from the first column unless it is told them, as `generate` tells it."""
+    settings = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=16,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        initializer_range=1.0,  # at the usual 0.02 a wrong position would change hardly anything
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(settings)
+    greedy = {"temperature": 1e-4, "measure_entropy": True, "max_new_tokens": 4}
+    prompts = [tokenizer(text)["input_ids"] for text in ("7=", "1+2+3+4=")]
+    together = sample_prompts(model, tokenizer, prompts, 1, **greedy)
+    for prompt, ((padded,)) in zip(prompts, together, strict=True):
+        ((alone,),) = sample_prompts(model, tokenizer, [prompt], 1, **greedy)
+        assert padded.ids == alone.ids
+        assert padded.entropy_sum == pytest.approx(alone.entropy_sum, rel=1e-5)
 
 
 def test_wrong_number_of_rewards_is_refused(model, tokenizer):
