@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -120,7 +121,8 @@ def _sample_rows(
                 fused_lm_head=True,
                 **_positions(model, attention_mask),
             )
-        sums = output.entropy.double().sum(dim=1).tolist()  # zero where the label is -100
+        # Zero where the label is -100. Summed here, since not every device has float64 (Apple's MPS).
+        sums = [math.fsum(row) for row in output.entropy.tolist()]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     kept = [row[row_mask].tolist() for row, row_mask in zip(completions, mask, strict=True)]
     ended = is_end.any(dim=1).tolist()

@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entrocraft_trl.evaluation import evaluate_policy, pass_at_k, sample_completions, summarise
@@ -198,6 +200,23 @@ def test_entropy_of_absolute_positions_does_not_depend_on_left_padding(tokenizer
         ((alone,),) = sample_prompts(model, tokenizer, [prompt], 1, **greedy)
         assert padded.ids == alone.ids
         assert padded.entropy_sum == pytest.approx(alone.entropy_sum, rel=1e-5)
+
+
+class NoFloat64(TorchDispatchMode):
+    """What Apple's MPS refuses: every tensor of float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+            raise TypeError(f"{func} makes a float64 tensor")
+        return result
+
+
+def test_sampling_makes_no_float64_tensor(model, tokenizer):
+    with NoFloat64():
+        sample_prompts(model, tokenizer, [[2, 3]], 2, max_new_tokens=2, measure_entropy=True)
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(1).double()
 
 
 def test_wrong_number_of_rewards_is_refused(model, tokenizer):
