@@ -163,6 +163,7 @@ def _load_tokenizer(args: argparse.Namespace):
 def _data(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Callable]:
     from ..data import BUILDERS, load_rows, prepare_rows
     from ..rewards import check_reward_columns, load_reward
+    from ..scoring import check_reward
     from .arguments import prompt_format
 
     form = prompt_format(args, tokenizer, args.model)
@@ -171,6 +172,7 @@ def _data(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Callable]:
     rows = prepare_rows(load_rows(args.dataset, split, args.dataset_config), form, args.max_samples)
     reward = load_reward(args.reward)
     check_reward_columns([reward], rows.column_names)
+    check_reward(reward, rows.column_names)
     return rows, reward
 
 
