@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable, start_event_loop_in_daemon
 
+from .printable import printable
 from .sampling import Sample
 
 
@@ -49,7 +50,7 @@ def check_reward(reward: Callable, columns: Sequence[str]) -> None:
     except TypeError as error:
         raise ValueError(
             f"the reward {get_callable_name(reward)!r} cannot be called with the arguments of TRL's trainers, "
-            f"{', '.join(names)}: {error}"
+            f"{printable(', '.join(names))}: {error}"
         ) from error
 
 

@@ -178,6 +178,23 @@ def test_new_weights_in_the_same_folder_are_refused(data, tmp_path, own_reward, 
     assert "weights_digest was" in error_line(command(folder, data, tmp_path / "out"), capsys)
 
 
+def test_any_name_of_a_model_or_a_folder_gets_its_figure_and_reaches_no_terminal_as_a_command(
+    data, tmp_path, own_reward, capfd
+):
+    """As a formula, `$x_$` raises after all sampling; `_` hides from legends; an escape sequence recolours."""
+    for name in ("$x_$", "_\x1b[31m"):
+        folder = tmp_path / name
+        tiny.build_tokenizer().save_pretrained(folder)
+        tiny.build_model().save_pretrained(folder)
+        out = tmp_path / f"out-{name}"
+        assert main(command(folder, data, out)) == 0
+        assert (out / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
+    assert main(command(folder, data, out)) == 0  # "continuing after 7 of 7 prompts in ..."
+    written = capfd.readouterr()
+    assert "\x1b[31m" not in written.out + written.err
+    assert written.out.count("out-_\\x1b[31m") == 5  # numbers and figure, twice, and the file continued
+
+
 # ------------------------------------------------------------------------------------------------ the file of samples
 
 SETTINGS = {"prompts": 5, "seed": 0}

@@ -1,10 +1,19 @@
 """Figures from log records: panels, labels, bands, and that a file written is a picture."""
 
+import io
 import json
 
 import pytest
 
-from entrocraft_trl.plots import plot_comparison, plot_run, plot_schedule, read_log, save_figure, series
+from entrocraft_trl.plots import (
+    plot_comparison,
+    plot_pass_at_k,
+    plot_run,
+    plot_schedule,
+    read_log,
+    save_figure,
+    series,
+)
 
 
 def records(steps: int = 10, band: bool = True) -> list[dict]:
@@ -80,6 +89,32 @@ def test_read_log_takes_the_state_that_got_furthest(tmp_path):
     assert read_log(tmp_path)[0]["step"] == 10
     assert read_log(tmp_path / "checkpoint-9")[0]["step"] == 9
     assert read_log(tmp_path / "trainer_state.json")[0]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("$x_$", "$x_$"),  # no formula: as one, it raises when the figure is drawn
+        ("cost $5_a$", "cost $5_a$"),  # and this one would be drawn as another text
+        ("_hidden", " _hidden"),  # matplotlib would leave it out
+        ("a\x1b[31m\tb", "a\\x1b[31m\\tb"),
+        ("gpt\\frac^2_%&#{~}", "gpt\\frac^2_%&#{~}"),
+    ],
+)
+@pytest.mark.filterwarnings("error")  # matplotlib warns of glyphs that it does not have, control characters among them
+def test_names_are_drawn_as_they_are(name, shown):
+    for figure in (
+        plot_comparison({name: records(), "other": records()}, f"two\n{name}"),
+        plot_pass_at_k({name: {1: 0.5, 2: 0.6}, "other": {1: 0.2}}, f"two\n{name}"),
+    ):
+        figure.savefig(io.BytesIO(), format="png")
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts() if text.get_text() != "band"] == [shown, "other"]
+        assert legend.get_title().get_text() == f"two\n{shown.strip()}"
+        assert not any(text.get_parse_math() for text in (*legend.get_texts(), legend.get_title()))
+    run = plot_run(records(), name)
+    run.savefig(io.BytesIO(), format="png")
+    assert run.legends[0].get_title().get_text() == shown.strip()
 
 
 def test_messages(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..printable import printable
 from . import CommandError, user_errors
 
 
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> None:
             file.unlink(missing_ok=True)
         records = _resume(resume_samples, file, settings, block)
     if records:
-        print(f"continuing after {len(records)} of {len(rows)} prompts in {file}", flush=True)
+        print(f"continuing after {len(records)} of {len(rows)} prompts in {printable(str(file))}", flush=True)
     if len(records) < len(rows):
         with user_errors():
             sampler = (_vllm_sampler if args.use_vllm else _transformers_sampler)(args, tokenizer, adapter)
@@ -288,4 +289,5 @@ def _write_results(args: argparse.Namespace, settings: dict[str, Any], records: 
     print(f"{len(records)} prompts, {args.n} completions each")
     for name, value in metrics.items():
         print(f"{name:<17} {'not measured' if value is None else f'{value:.4g}'}")
-    print(f"numbers: {folder / 'summary.json'}\nfigure:  {folder / 'pass_at_k.png'}")
+    print(f"numbers: {printable(str(folder / 'summary.json'))}")
+    print(f"figure:  {printable(str(folder / 'pass_at_k.png'))}")
