@@ -256,14 +256,20 @@ def sample_prompts_with_vllm(
     `n` samples `(P, n)` for each of `P` prompts of token ids, from a vLLM engine. No entropy: vLLM returns
     log-probabilities of a few tokens, and the entropy is over all of them.
 
-    `adapter` is the folder of a LoRA adapter to sample with. Prompt `i` is sampled with `seed + i`.
+    `adapter` is the folder of a LoRA adapter to sample with. Sample `j` of prompt `i` is
+    drawn from the random stream `seed + i * n + j`, which no other sample has.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     parameters = [
         SamplingParams(
-            n=n, temperature=temperature, top_p=top_p, top_k=top_k or -1, max_tokens=max_new_tokens, seed=seed + index
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k or -1,
+            max_tokens=max_new_tokens,
+            seed=seed + index * n,  # vLLM adds the sample's number to the seed of its request
         )
         for index in range(len(prompts))
     ]

@@ -330,7 +330,10 @@ def test_vllm_gets_prompts_settings_and_seeds(reference_folder, data, tmp_path, 
     assert [prompt["prompt_token_ids"] for prompt, _, _ in vllm.requests] == [
         tokenizer(row["question"])["input_ids"] for row in ROWS
     ]
-    assert [settings["seed"] for _, settings, _ in vllm.requests] == [(1 << 32) + index for index in range(7)]
+    # vLLM samples completion j of a request with the request's seed + j: every completion has a stream of its own,
+    # also across the blocks of two prompts (`batch_size` as given).
+    streams = [settings["seed"] + j for _, settings, _ in vllm.requests for j in range(settings["n"])]
+    assert streams == [(1 << 32) + index for index in range(7 * 4)]
     one = {name: value for name, value in vllm.requests[0][1].items() if name != "seed"}
     assert one == {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 6}
     metrics = json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..sampling import Sample
 
-    # Samples (B, n) of B prompts of token ids, with a seed.
+    # Samples (B, n) of B prompts of token ids, the first of which has this number in the data set.
     Sampler = Callable[[list[list[int]], int], list[list[Sample]]]
 
 # Completions sampled at once: what fits beside a model of a few billion parameters, and what keeps vLLM busy.
@@ -210,8 +210,9 @@ def _transformers_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampl
         device_map="auto" if torch.accelerator.is_available() else None,
     )
 
-    def sample(prompts: list[list[int]], seed: int) -> list[list[Sample]]:
-        more = {"batch_size": args.batch_size, "seed": seed, "measure_entropy": True}
+    def sample(prompts: list[list[int]], start: int) -> list[list[Sample]]:
+        # A seed of its own for each block: a continued evaluation draws what an undisturbed one would.
+        more = {"batch_size": args.batch_size, "seed": (args.seed << 32) + start, "measure_entropy": True}
         return sample_prompts(model, tokenizer, prompts, args.n, **_sampling(args), **more)
 
     return sample
@@ -231,8 +232,9 @@ def _vllm_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
         base = adapter.base_model_name_or_path
         llm = LLM(model=base, revision=adapter.revision, enable_lora=True, max_lora_rank=adapter.r, **options)
 
-    def sample(prompts: list[list[int]], seed: int) -> list[list[Sample]]:
+    def sample(prompts: list[list[int]], start: int) -> list[list[Sample]]:
         adapter_path = args.model if adapter is not None else None
+        seed = (args.seed << 32) + start * args.n  # vLLM takes as many seeds as there are samples
         return sample_prompts_with_vllm(
             llm, tokenizer, prompts, args.n, **_sampling(args), seed=seed, adapter=adapter_path
         )
@@ -263,8 +265,7 @@ def _sample_missing(
         for start in range(len(records), len(rows), block):
             part = rows.select(range(start, min(start + block, len(rows))))
             prompts = [encode_prompt(tokenizer, prompt, **args.chat_template_kwargs) for prompt in part["prompt"]]
-            # A seed of its own for each block: a continued evaluation draws what an undisturbed one would.
-            samples = sampler(prompts, (args.seed << 32) + start)
+            samples = sampler(prompts, start)
             new = score_block(part, start, samples, reward, args.n)
             save(new)
             records += new
