@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +20,9 @@ from .entropy import eval_mode
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+# What vLLM takes as `max_lora_rank`; its newer versions also take 1.
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages
 
@@ -237,6 +240,23 @@ def sample_completions(
         progress=progress,
     )
     return [[sample.text for sample in row] for row in samples]
+
+
+def vllm_lora_rank(adapter: LoraConfig) -> int:
+    """
+    `max_lora_rank` of a vLLM engine for an adapter: the smallest of its sizes that fits the largest rank of any layer.
+
+    Raises:
+        `ValueError`: if none of them does.
+    """
+    rank = max([adapter.r, *adapter.rank_pattern.values()])
+    size = next((size for size in VLLM_LORA_RANKS if size >= rank), None)
+    if size is None:
+        raise ValueError(
+            f"vLLM serves adapters up to rank {VLLM_LORA_RANKS[-1]}, this one has {rank}: merge it into its model, or "
+            "sample without vLLM"
+        )
+    return size
 
 
 def sample_prompts_with_vllm(

@@ -76,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     option("max_new_tokens", "longest completion", type=int, default=3072)
     option("seed", "seed of the sampling", type=int, default=0)
     option("batch_size", f"completions sampled at once (default: {BATCH_SIZE}, vLLM: {VLLM_BATCH_SIZE})", type=int)
-    option("use_vllm", "sample with vLLM (extra `vllm`); it measures no entropy", action="store_true")
+    option("use_vllm", "sample with vLLM (pip install 'trl[vllm]'); it measures no entropy", action="store_true")
     option("output_dir", "folder for the results", default="runs/eval")
     option("overwrite", "start anew instead of continuing", action="store_true")
     return parser
@@ -219,18 +219,19 @@ def _transformers_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampl
 
 
 def _vllm_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
-    from ..sampling import sample_prompts_with_vllm
+    from ..sampling import sample_prompts_with_vllm, vllm_lora_rank
 
     try:
         from vllm import LLM
     except ImportError as error:
-        raise CommandError("--use_vllm needs vLLM: pip install 'entrocraft_trl[vllm]', or leave it out") from error
+        raise CommandError("--use_vllm needs vLLM: pip install 'trl[vllm]', or leave the option out") from error
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
     if adapter is None:
         llm = LLM(model=args.model, revision=args.model_revision, **options)
     else:
         base = adapter.base_model_name_or_path
-        llm = LLM(model=base, revision=adapter.revision, enable_lora=True, max_lora_rank=adapter.r, **options)
+        rank = vllm_lora_rank(adapter)
+        llm = LLM(model=base, revision=adapter.revision, enable_lora=True, max_lora_rank=rank, **options)
 
     def sample(prompts: list[list[int]], start: int) -> list[list[Sample]]:
         adapter_path = args.model if adapter is not None else None
