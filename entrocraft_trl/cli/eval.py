@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
-from . import CommandError, user_errors
+from . import CommandError, CommandParser, user_errors
 
 
 if TYPE_CHECKING:
@@ -28,14 +28,9 @@ BATCH_SIZE, VLLM_BATCH_SIZE = 32, 1024
 OUTPUT_OPTIONS = ("output_dir", "overwrite")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise CommandError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command. Data and rewards are named as for `entrocraft train`."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="entrocraft eval",
         description="Sample n completions for every prompt of a data set, score them, and write samples.jsonl, "
         "summary.json and pass_at_k.png. Started again with the same settings, it continues after the finished "
