@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .sampling import encode_prompt, sample_completions, sample_prompts
+from .scoring import check_reward, score_samples
 
 
 __all__ = [
@@ -119,7 +120,7 @@ def evaluate_policy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
-    reward_func: Callable[..., list[float]],
+    reward_func: Callable,
     n: int = 32,
     *,
     ks: Sequence[int] | None = None,
@@ -139,10 +140,12 @@ def evaluate_policy(
     Args:
         model (`PreTrainedModel`): Causal language model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        dataset (`datasets.Dataset`): `P` rows with a `prompt` column of strings; the other columns go to the reward
-            function.
-        reward_func (`Callable`): Reward function in TRL's signature: called once with `prompts=`, `completions=` and
-            every other column as lists of length `P * n`; returns as many rewards. A reward of `None` counts as wrong.
+        dataset (`datasets.Dataset`): `P` rows with a `prompt` column of text or chat messages; the other columns go to
+            the reward function.
+        reward_func (`Callable`): Reward function in TRL's signature, async or not: called once with `prompts=`,
+            `completions=`, `completion_ids=` and every other column as lists of length `P * n`, with `trainer_state=`
+            (that of a run that has ended), `log_extra=` and `log_metric=` (which go nowhere); returns as many rewards.
+            A reward of `None` counts as wrong.
         n (`int`, *optional*, defaults to `32`): Completions for each prompt.
         ks (`Sequence[int]`, *optional*): Values of `k` for pass@k. Defaults to `(n,)`.
         threshold (`float`, *optional*, defaults to `0.5`): A completion is right if its reward is above this.
@@ -156,15 +159,15 @@ def evaluate_policy(
         the entropy of the policy's full distribution at temperature 1, in nats.
 
     Raises:
-        `ValueError`: for sampling arguments or a `k` out of range, or if the reward function returns a wrong number of
-        rewards.
+        `ValueError`: for sampling arguments or a `k` out of range; if the reward function does not take the arguments
+        above, before anything is sampled; or if it returns a wrong number of rewards.
     """
     ks = (n,) if ks is None else ks
-    prompts = list(dataset["prompt"])
+    check_reward(reward_func, dataset.column_names)
     samples = sample_prompts(
         model,
         tokenizer,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        [encode_prompt(tokenizer, prompt) for prompt in dataset["prompt"]],
         n,
         temperature=temperature,
         top_p=top_p,
@@ -175,16 +178,8 @@ def evaluate_policy(
         progress=progress,
         measure_entropy=True,
     )
-    columns = {
-        name: [value for value in dataset[name] for _ in range(n)] for name in dataset.column_names if name != "prompt"
-    }
-    flat = [sample for row in samples for sample in row]
-    rewards = reward_func(
-        prompts=[prompt for prompt in prompts for _ in range(n)], completions=[s.text for s in flat], **columns
-    )
-    if len(rewards) != len(flat):
-        raise ValueError(f"The reward function returned {len(rewards)} rewards for {len(flat)} completions.")
-    correct = right_by_prompt(rewards, n, threshold)
+    correct = right_by_prompt(score_samples(reward_func, dataset, samples), n, threshold)
     answers = [[canonical(sample.text) for sample in row] for row in samples]
+    flat = [sample for row in samples for sample in row]
     entropy = sum(sample.entropy_sum for sample in flat) / sum(len(sample.ids) for sample in flat)
     return {**summarise(correct, answers, ks), "entropy": entropy}

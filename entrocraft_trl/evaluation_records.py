@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from .evaluation import default_ks, right_by_prompt, summarise
 from .sampling import Sample
+from .scoring import score_samples
 
 
 def score_block(
@@ -16,9 +17,6 @@ def score_block(
 ) -> list[dict[str, Any]]:
     """
     One record, of JSON types, for each prompt of a block.
-
-    The reward function is called as TRL's trainers call it, and in the calling thread: math-verify's time limits work
-    in the main thread only.
 
     Args:
         rows (`datasets.Dataset`): `B` rows with a `prompt` column; the other columns go to the reward function.
@@ -30,15 +28,7 @@ def score_block(
     Raises:
         `ValueError`: if the reward function returns a wrong number of rewards.
     """
-    columns = {name: [value for value in rows[name] for _ in range(n)] for name in rows.column_names}
-    flat = [sample for row in samples for sample in row]
-    conversational = isinstance(rows[0]["prompt"], list)
-    completions = [[{"role": "assistant", "content": s.text}] if conversational else s.text for s in flat]
-    prompts = columns.pop("prompt")
-    rewards = reward(prompts=prompts, completions=completions, completion_ids=[s.ids for s in flat], **columns)
-    if len(rewards) != len(flat):
-        raise ValueError(f"the reward function returned {len(rewards)} rewards for {len(flat)} completions")
-    rewards = [None if value is None or value != value else float(value) for value in rewards]  # JSON has no NaN
+    rewards = score_samples(reward, rows, samples)
     return [
         {
             "index": start + row,

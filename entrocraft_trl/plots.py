@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .printable import printable
+
 
 DPI = 150
 # Okabe and Ito's palette, which colour-blind readers can tell apart. The band takes the neutral grey.
@@ -132,7 +134,7 @@ def plot_comparison(logs: Mapping[str, Sequence[Mapping[str, Any]]], title: str 
         colour = COLOURS[index % len(COLOURS)]
         if name in bands and not shared:
             _shade_band(axes[0], log, colour, label=None)
-        axes[0].plot(steps, entropy, color=colour, linewidth=1.6, label=name)
+        axes[0].plot(steps, entropy, color=colour, linewidth=1.6, label=_label(name))
         _line(axes[1], *series(log, "reward"), colour)
     _finish(axes[0], "Entropy (nats)")
     _legend(axes[0], title)
@@ -194,7 +196,7 @@ def plot_pass_at_k(curves: Mapping[str, Mapping[int, float]], title: str | None 
     ks = sorted({k for curve in curves.values() for k in curve})
     for index, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[index % len(COLOURS)]
-        axis.plot(sorted(curve), [curve[k] for k in sorted(curve)], marker="o", color=colour, label=name)
+        axis.plot(sorted(curve), [curve[k] for k in sorted(curve)], marker="o", color=colour, label=_label(name))
     axis.set_xscale("log", base=2)
     axis.set_xticks(ks, [str(k) for k in ks])
     axis.set_ylim(-0.02, 1.02)
@@ -260,18 +262,26 @@ def _label_steps(axis: Axes) -> None:
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
+def _label(name: str) -> str:
+    """A name for a legend; matplotlib leaves out of it what begins with an underscore."""
+    return f" {printable(name)}" if name.startswith("_") else printable(name)
+
+
 def _legend(axis: Axes, title: str | None) -> None:
     """Heading and legend above all panels, where they cover no data; in as many columns as fit the figure's width."""
     handles, labels = axis.get_legend_handles_labels()
     columns = max(1, min(4, 80 // (max(map(len, labels)) + 8)))
-    axis.figure.legend(
+    legend = axis.figure.legend(
         handles,
         labels,
         loc="outside upper left",
         ncols=columns,
         frameon=False,
         fontsize=9,
-        title=title,
+        title=None if title is None else "\n".join(map(printable, title.split("\n"))),
         title_fontsize=11,
         alignment="left",
     )
+    # Names of models, runs and data sets are text: what stands between two dollar signs would be read as a formula.
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_parse_math(False)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
+from .entropy import eval_mode
+
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+# What vLLM takes as `max_lora_rank`; its newer versions also take 1.
+VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages
 
@@ -66,6 +73,17 @@ def _entropy_head(model: PreTrainedModel) -> Iterator[None]:
             base.forward = patched
 
 
+def _positions(model: PreTrainedModel, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    `position_ids` `(B, T)` as `generate` hands them over, if the model takes any. Without them, models with absolute
+    positions (GPT-2) count padding on the left as text.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
+        return {}
+    return {"position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0)}
+
+
 def _sample_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -99,8 +117,15 @@ def _sample_rows(
         attention_mask = torch.cat([attention_mask, mask.long()], dim=1)
         labels = torch.cat([torch.full_like(prompts, -100), completions.masked_fill(~mask, -100)], dim=1)
         with _entropy_head(model):
-            output = model(input_ids=ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
-        sums = output.entropy.double().sum(dim=1).tolist()  # zero where the label is -100
+            output = model(
+                input_ids=ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                fused_lm_head=True,
+                **_positions(model, attention_mask),
+            )
+        # Zero where the label is -100. Summed here, since not every device has float64 (Apple's MPS).
+        sums = [math.fsum(row) for row in output.entropy.tolist()]
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     kept = [row[row_mask].tolist() for row, row_mask in zip(completions, mask, strict=True)]
     ended = is_end.any(dim=1).tolist()
@@ -139,30 +164,25 @@ def sample_prompts(
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
     rows = [prompt for prompt in prompts for _ in range(n)]
     samples: list[Sample] = []
-    was_training = model.training
-    model.eval()
     device = model.device
-    try:
-        # The generator of the current device is forked too, so that an evaluation during training changes no rollout.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            bar = tqdm(total=len(rows), desc="Sampling", unit="completion", disable=not progress)
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                samples += _sample_rows(
-                    model,
-                    tokenizer,
-                    batch,
-                    measure_entropy=measure_entropy,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    max_new_tokens=max_new_tokens,
-                )
-                bar.update(len(batch))
-            bar.close()
-    finally:
-        model.train(was_training)
+    # The generator of the current device is forked too, so that an evaluation during training changes no rollout.
+    with eval_mode(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        bar = tqdm(total=len(rows), desc="Sampling", unit="completion", disable=not progress)
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            samples += _sample_rows(
+                model,
+                tokenizer,
+                batch,
+                measure_entropy=measure_entropy,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                max_new_tokens=max_new_tokens,
+            )
+            bar.update(len(batch))
+        bar.close()
     return [samples[start : start + n] for start in range(0, len(samples), n)]
 
 
@@ -183,8 +203,8 @@ def sample_completions(
     """
     Sample `n` completions for each prompt with `model.generate`, on the model's device.
 
-    The model's mode (training or evaluation) and the global random state are as before afterwards. The completions
-    depend on the seed and on `batch_size`.
+    The mode (training or evaluation) of each of the model's modules and the global random state are as before
+    afterwards. The completions depend on the seed and on `batch_size`.
 
     Args:
         model (`PreTrainedModel`): Causal language model.
@@ -222,6 +242,23 @@ def sample_completions(
     return [[sample.text for sample in row] for row in samples]
 
 
+def vllm_lora_rank(adapter: LoraConfig) -> int:
+    """
+    `max_lora_rank` of a vLLM engine for an adapter: the smallest of its sizes that fits the largest rank of any layer.
+
+    Raises:
+        `ValueError`: if none of them does.
+    """
+    rank = max([adapter.r, *adapter.rank_pattern.values()])
+    size = next((size for size in VLLM_LORA_RANKS if size >= rank), None)
+    if size is None:
+        raise ValueError(
+            f"vLLM serves adapters up to rank {VLLM_LORA_RANKS[-1]}, this one has {rank}: merge it into its model, or "
+            "sample without vLLM"
+        )
+    return size
+
+
 def sample_prompts_with_vllm(
     llm: LLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -239,14 +276,20 @@ def sample_prompts_with_vllm(
     `n` samples `(P, n)` for each of `P` prompts of token ids, from a vLLM engine. No entropy: vLLM returns
     log-probabilities of a few tokens, and the entropy is over all of them.
 
-    `adapter` is the folder of a LoRA adapter to sample with. Prompt `i` is sampled with `seed + i`.
+    `adapter` is the folder of a LoRA adapter to sample with. Sample `j` of prompt `i` is
+    drawn from the random stream `seed + i * n + j`, which no other sample has.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     parameters = [
         SamplingParams(
-            n=n, temperature=temperature, top_p=top_p, top_k=top_k or -1, max_tokens=max_new_tokens, seed=seed + index
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k or -1,
+            max_tokens=max_new_tokens,
+            seed=seed + index * n,  # vLLM adds the sample's number to the seed of its request
         )
         for index in range(len(prompts))
     ]

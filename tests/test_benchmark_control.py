@@ -14,20 +14,6 @@ from entrocraft_trl import EntrocraftGRPOTrainer, comparison
 from entrocraft_trl.schedule import band_at, parse_knots
 
 
-ROW_KEYS = {
-    "method",
-    "band",
-    "seeds",
-    "rms_outside",
-    "in_band_share",
-    "reentry_steps",
-    "accepted_share",
-    "mean_at_32",
-    "pass_at_32",
-    "distinct_correct",
-}
-
-
 def make_record(entropy, method="entropy_change", band="constant", seed=0, accepted=1.0, mean_at_32=0.5):
     return {
         "method": method,
@@ -104,7 +90,6 @@ def test_distances_of_a_hand_made_run():
     assert figures["reentry_steps"] is None
     assert figures["accepted_share"] == 0.75
     assert (figures["mean_at_32"], figures["pass_at_32"], figures["distinct_correct"]) == (0.5, 0.75, 3.5)
-    assert set(figures) >= ROW_KEYS - {"method", "band", "seeds"}
 
 
 def test_distances_follow_a_moving_band():
@@ -246,15 +231,9 @@ def report(tmp_path_factory):
     return folder
 
 
-def test_json_rows(report):
-    content = json.loads((report / "control.json").read_text())
-    rows = content["rows"]
-    assert [(row["band"], row["method"]) for row in rows] == [
-        (band, method) for band in ("constant", "step") for method in control.METHODS
-    ]
+def test_figures_are_means_over_seeds(report):
+    rows = json.loads((report / "control.json").read_text())["rows"]
     for row in rows:
-        assert ROW_KEYS <= set(row)
-        assert row["seeds"] == [0, 1]
         assert row["mean_at_32"] == pytest.approx(0.5)
         assert row["std"]["mean_at_32"] == pytest.approx(0.2 / math.sqrt(2))
         assert (row["accepted_share"], row["pass_at_32"], row["distinct_correct"]) == (1.0, 0.75, 3.5)
@@ -264,24 +243,6 @@ def test_json_rows(report):
     # Steps 2 to 9 as before; 10 to 19 are 0.04 and 0.05 above the edge at 0.75.
     expected = [math.sqrt((8 * low**2 + 10 * high**2) / 18) for low, high in ((0.01, 0.04), (0.0, 0.05))]
     assert step["rms_outside"] == pytest.approx(sum(expected) / 2)
-    assert content["initial_entropy"] == 1.0
-    assert content["starting_policy"] == {"mean@32": 0.1}
-
-
-def test_table_has_a_column_for_every_figure(report):
-    text = (report / "control.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    titles = ["band", "method", *(title for title, _ in control_report.COLUMNS.values())]
-    assert set(control_report.COLUMNS) >= ROW_KEYS - {"method", "band", "seeds"}
-    assert cells[0] == titles
-    assert set("".join(cells[1])) == {"-"}
-    assert {len(line) for line in cells} == {len(titles)}
-    assert len(cells) == 2 + 2 * len(control.METHODS)
-    row = dict(zip(titles, cells[2], strict=True))
-    assert (row["band"], row["method"], row["re-entry (steps)"]) == ("constant", "`grpo`", "–")
-    assert row["mean@32"] == "0.500 ± 0.141"
-    assert row["accepted"] == "100% ± 0%"
 
 
 def test_a_cut_benchmark_still_gives_a_table_of_what_is_there(tmp_path):
@@ -293,13 +254,3 @@ def test_a_cut_benchmark_still_gives_a_table_of_what_is_there(tmp_path):
         ("constant", "entropy_change"),
         ("step", "grpo"),
     ]
-
-
-def test_figure_has_a_panel_for_every_method_and_band(report):
-    assert (report / "control.png").read_bytes().startswith(b"\x89PNG")
-    records = [make_record([0.85] * 20, "grpo", "none"), make_record([0.8] * 20, "entropy_change", "step")]
-    axes = control_report.draw(records, ("constant", "step"), 1.0).axes
-    assert len(axes) == 2 * len(control.METHODS)
-    drawn = [len(axis.lines) for axis in axes]
-    assert drawn[:2] == [1, 1]  # plain GRPO knows no band: its run is drawn in every column
-    assert drawn[-2:] == [0, 1]

@@ -178,6 +178,23 @@ def test_new_weights_in_the_same_folder_are_refused(data, tmp_path, own_reward, 
     assert "weights_digest was" in error_line(command(folder, data, tmp_path / "out"), capsys)
 
 
+def test_any_name_of_a_model_or_a_folder_gets_its_figure_and_reaches_no_terminal_as_a_command(
+    data, tmp_path, own_reward, capfd
+):
+    """As a formula, `$x_$` raises after all sampling; `_` hides from legends; an escape sequence recolours."""
+    for name in ("$x_$", "_\x1b[31m"):
+        folder = tmp_path / name
+        tiny.build_tokenizer().save_pretrained(folder)
+        tiny.build_model().save_pretrained(folder)
+        out = tmp_path / f"out-{name}"
+        assert main(command(folder, data, out)) == 0
+        assert (out / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
+    assert main(command(folder, data, out)) == 0  # "continuing after 7 of 7 prompts in ..."
+    written = capfd.readouterr()
+    assert "\x1b[31m" not in written.out + written.err
+    assert written.out.count("out-_\\x1b[31m") == 5  # numbers and figure, twice, and the file continued
+
+
 # ------------------------------------------------------------------------------------------------ the file of samples
 
 SETTINGS = {"prompts": 5, "seed": 0}
@@ -302,23 +319,62 @@ class FakeVllm:
         return [types.SimpleNamespace(outputs=[completion, cut, cut, cut]) for _ in prompts]
 
 
-def test_vllm_gets_prompts_settings_and_seeds(reference_folder, data, tmp_path, own_reward, monkeypatch):
-    vllm = FakeVllm()
+def install(vllm: FakeVllm, monkeypatch) -> FakeVllm:
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.lora", types.ModuleType("vllm.lora"))
     monkeypatch.setitem(sys.modules, "vllm.lora.request", vllm)
+    return vllm
+
+
+def test_vllm_gets_prompts_settings_and_seeds(reference_folder, data, tmp_path, own_reward, monkeypatch):
+    vllm = install(FakeVllm(), monkeypatch)
     assert main(command(reference_folder, data, tmp_path / "out", "--use_vllm", "--seed", "1")) == 0
     assert vllm.engines[0]["model"] == str(reference_folder)
     tokenizer = tiny.build_tokenizer()
     assert [prompt["prompt_token_ids"] for prompt, _, _ in vllm.requests] == [
         tokenizer(row["question"])["input_ids"] for row in ROWS
     ]
-    assert [settings["seed"] for _, settings, _ in vllm.requests] == [(1 << 32) + index for index in range(7)]
+    # vLLM samples completion j of a request with the request's seed + j: every completion has a stream of its own,
+    # also across the blocks of two prompts (`batch_size` as given).
+    streams = [settings["seed"] + j for _, settings, _ in vllm.requests for j in range(settings["n"])]
+    assert streams == [(1 << 32) + index for index in range(7 * 4)]
     one = {name: value for name, value in vllm.requests[0][1].items() if name != "seed"}
     assert one == {"n": 4, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_tokens": 6}
     metrics = json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"]
     assert (metrics["mean@4"], metrics["pass@4"], metrics["truncated"]) == (0.25, 1.0, 0.75)
     assert metrics["entropy"] is None
+
+
+@pytest.mark.parametrize(
+    ("adapter", "size"),
+    [
+        ({"r": 1}, 8),
+        ({"r": 8}, 8),
+        ({"r": 12}, 16),
+        ({"r": 257}, 320),
+        ({"r": 512}, 512),
+        ({"r": 4, "rank_pattern": {"q_proj": 24}}, 32),  # the largest of all layers is what has to fit
+    ],
+)
+def test_an_adapter_of_any_rank_gets_one_of_vllms_sizes(
+    reference_folder, data, tmp_path, own_reward, monkeypatch, adapter, size
+):
+    vllm = install(FakeVllm(), monkeypatch)
+    folder = tmp_path / "adapter"
+    LoraConfig(base_model_name_or_path=str(reference_folder), **adapter).save_pretrained(folder)
+    assert main(command(folder, data, tmp_path / "out", "--use_vllm")) == 0
+    assert vllm.engines[0]["max_lora_rank"] == size
+    assert vllm.requests[0][2] == ("adapter", 1, str(folder))
+
+
+def test_an_adapter_too_large_for_vllm_is_refused_before_its_engine_starts(
+    reference_folder, data, tmp_path, own_reward, monkeypatch, capsys
+):
+    vllm = install(FakeVllm(), monkeypatch)
+    folder = tmp_path / "adapter"
+    LoraConfig(base_model_name_or_path=str(reference_folder), r=513).save_pretrained(folder)
+    line = error_line(command(folder, data, tmp_path / "out", "--use_vllm"), capsys)
+    assert "vLLM serves adapters up to rank 512, this one has 513" in line and vllm.engines == []
 
 
 # ----------------------------------------------------------------------------------------------------- data and errors
@@ -377,7 +433,7 @@ def test_paper_settings_are_the_default():
         (["--reward", "acuracy_reward"], "unknown reward 'acuracy_reward'"),
         (["--model", "./no_model"], "cannot load the tokenizer of model './no_model'"),
         (["--dataset", "missing.jsonl"], "data set 'missing.jsonl': no such file or folder"),
-        (["--use_vllm"], "--use_vllm needs vLLM: pip install 'entrocraft_trl[vllm]'"),
+        (["--use_vllm"], "--use_vllm needs vLLM: pip install 'trl[vllm]', or leave the option out"),
         (["--no_such_option"], "unrecognized arguments: --no_such_option"),
     ],
 )

@@ -132,6 +132,21 @@ def test_eval_mode_restores_each_modules_own_mode():
     assert [module.training for module in model.modules()] == [True, True, False, False]
 
 
+def test_eval_mode_sets_flags_alone_since_train_of_a_model_may_swap_its_kernels():
+    """transformers swaps a model's Hub kernels in `train`, whenever the mode changes; both directions must be even."""
+
+    class Kernelized(torch.nn.Linear):
+        def train(self, mode=True):
+            calls.append(mode)
+            return super().train(mode)
+
+    calls = []
+    model = torch.nn.Sequential(Kernelized(2, 2))
+    with entropy.eval_mode(model):
+        assert not model[0].training
+    assert model[0].training and calls == []
+
+
 def loss_batch(trainer):
     tiny.force_rollouts(trainer, tiny.random_rollouts(8))
     trainer.model.train()

@@ -8,8 +8,12 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from entrocraft_trl.evaluation import evaluate_policy, pass_at_k, sample_completions, summarise
+from entrocraft_trl.sampling import sample_prompts
 from entrocraft_trl.tasks.expressions import build_model, build_tokenizer
 
 
@@ -88,6 +92,24 @@ def test_sampling_follows_the_seed_and_changes_no_state(model, tokenizer):
     assert len(set(first[0])) > 1
 
 
+def test_sampling_keeps_the_mode_of_every_module_and_calls_no_train(model, tokenizer, monkeypatch):
+    """`train` and `eval` of a model may do more than set flags: transformers' swap the kernels of the Hub."""
+    model.train()
+    model.model.layers[0].eval()  # a frozen part that the user keeps in eval mode
+    before = [module.training for module in model.modules()]
+    monkeypatch.setattr(type(model), "train", lambda self, mode=True: pytest.fail(f"train({mode}) was called"))
+    generate, during = model.generate, []
+
+    def generate_and_look(*args, **kwargs):
+        during.extend(module.training for module in model.modules())
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", generate_and_look)
+    sample_completions(model, tokenizer, ["24="], 1, **SAMPLING)
+    assert not any(during)
+    assert [module.training for module in model.modules()] == before and True in before
+
+
 def test_prompts_keep_their_completions_across_batches(model, tokenizer):
     # Near temperature 0 the sampling is greedy, and the answer depends on nothing but the prompt.
     prompts = ["1=", "24=", "345=", "9"]
@@ -154,6 +176,47 @@ def test_entropy_counts_completion_tokens_up_to_the_end_of_sequence(model, token
         entropies.append(torch.distributions.Categorical(logits=logits).entropy())
     assert [len(values) for values in entropies] == [6, 4]
     assert result["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
+
+
+def test_entropy_of_absolute_positions_does_not_depend_on_left_padding(tokenizer):
+    """GPT-2 counts positions from the first column unless it is told them, as `generate` tells it."""
+    settings = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=16,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        initializer_range=1.0,  # at the usual 0.02 a wrong position would change hardly anything
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(settings)
+    greedy = {"temperature": 1e-4, "measure_entropy": True, "max_new_tokens": 4}
+    prompts = [tokenizer(text)["input_ids"] for text in ("7=", "1+2+3+4=")]
+    together = sample_prompts(model, tokenizer, prompts, 1, **greedy)
+    for prompt, ((padded,)) in zip(prompts, together, strict=True):
+        ((alone,),) = sample_prompts(model, tokenizer, [prompt], 1, **greedy)
+        assert padded.ids == alone.ids
+        assert padded.entropy_sum == pytest.approx(alone.entropy_sum, rel=1e-5)
+
+
+class NoFloat64(TorchDispatchMode):
+    """What Apple's MPS refuses: every tensor of float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+            raise TypeError(f"{func} makes a float64 tensor")
+        return result
+
+
+def test_sampling_makes_no_float64_tensor(model, tokenizer):
+    with NoFloat64():
+        sample_prompts(model, tokenizer, [[2, 3]], 2, max_new_tokens=2, measure_entropy=True)
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(1).double()
 
 
 def test_wrong_number_of_rewards_is_refused(model, tokenizer):

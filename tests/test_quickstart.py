@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import matplotlib.image
+import pytest
 import yaml
 
 from entrocraft_trl import comparison
@@ -36,6 +37,33 @@ def test_quickstart_writes_table_figure_and_numbers(tmp_path, monkeypatch, capsy
     assert len(first) == 3 and max(first.values()) - min(first.values()) < 1e-5  # same start, same seed, same rollouts
     assert all(len(curve["reward"]) == 2 for curve in summary["curves"].values())
     assert matplotlib.image.imread(tmp_path / "out" / "quickstart.png").std() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_steps", "0"], "--max_steps must be at least 1, got 0"),
+        (["--max_steps", "many"], "argument --max_steps: invalid int value: 'many'"),
+        (["--seed", "-1"], "--seed must lie between 0 and 4294967295, got -1"),
+        (["--steps", "5"], "unrecognized arguments: --steps 5"),
+        (["--output_dir", "file"], "File exists: 'file'"),
+        (["--output_dir", "file/run"], "Not a directory: 'file/run'"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_is_trained(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(comparison, "starting_policy", lambda progress: pytest.fail("the warm-up began"))
+    Path("file").touch()
+    assert main(["quickstart", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("entrocraft: error: ") and message in line
+
+
+def test_a_cache_that_cannot_be_written_ends_in_one_line(monkeypatch, capsys):
+    Path("file").touch()
+    monkeypatch.setenv("ENTROCRAFT_CACHE", "file/cache")
+    assert main(["quickstart", "--output_dir", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("entrocraft: error: ") and "Not a directory: 'file/cache'" in line
 
 
 def test_share_in_band_and_final_entropy_of_a_hand_made_log():

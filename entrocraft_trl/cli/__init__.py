@@ -1,5 +1,6 @@
 """The `entrocraft` command: picks a subcommand, and turns errors that a user can cause into one line."""
 
+import argparse
 import os
 import sys
 import warnings
@@ -21,6 +22,13 @@ COMMANDS = {
 
 class CommandError(Exception):
     """An error that the user can mend. [`main`] prints it as one line and exits with code 2."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parses a command's options; a wrong one is a [`CommandError`] like any other mistake."""
+
+    def error(self, message: str):
+        raise CommandError(message)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import CommandError, user_errors
+from ..printable import printable
+from . import CommandError, CommandParser, user_errors
 
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..sampling import Sample
 
-    # Samples (B, n) of B prompts of token ids, with a seed.
+    # Samples (B, n) of B prompts of token ids, the first of which has this number in the data set.
     Sampler = Callable[[list[list[int]], int], list[list[Sample]]]
 
 # Completions sampled at once: what fits beside a model of a few billion parameters, and what keeps vLLM busy.
@@ -27,14 +28,9 @@ BATCH_SIZE, VLLM_BATCH_SIZE = 32, 1024
 OUTPUT_OPTIONS = ("output_dir", "overwrite")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise CommandError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command. Data and rewards are named as for `entrocraft train`."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="entrocraft eval",
         description="Sample n completions for every prompt of a data set, score them, and write samples.jsonl, "
         "summary.json and pass_at_k.png. Started again with the same settings, it continues after the finished "
@@ -75,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     option("max_new_tokens", "longest completion", type=int, default=3072)
     option("seed", "seed of the sampling", type=int, default=0)
     option("batch_size", f"completions sampled at once (default: {BATCH_SIZE}, vLLM: {VLLM_BATCH_SIZE})", type=int)
-    option("use_vllm", "sample with vLLM (extra `vllm`); it measures no entropy", action="store_true")
+    option("use_vllm", "sample with vLLM (pip install 'trl[vllm]'); it measures no entropy", action="store_true")
     option("output_dir", "folder for the results", default="runs/eval")
     option("overwrite", "start anew instead of continuing", action="store_true")
     return parser
@@ -97,7 +93,7 @@ def main(argv: list[str]) -> None:
             file.unlink(missing_ok=True)
         records = _resume(resume_samples, file, settings, block)
     if records:
-        print(f"continuing after {len(records)} of {len(rows)} prompts in {file}", flush=True)
+        print(f"continuing after {len(records)} of {len(rows)} prompts in {printable(str(file))}", flush=True)
     if len(records) < len(rows):
         with user_errors():
             sampler = (_vllm_sampler if args.use_vllm else _transformers_sampler)(args, tokenizer, adapter)
@@ -163,6 +159,7 @@ def _load_tokenizer(args: argparse.Namespace):
 def _data(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Callable]:
     from ..data import BUILDERS, load_rows, prepare_rows
     from ..rewards import check_reward_columns, load_reward
+    from ..scoring import check_reward
     from .arguments import prompt_format
 
     form = prompt_format(args, tokenizer, args.model)
@@ -171,6 +168,7 @@ def _data(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Callable]:
     rows = prepare_rows(load_rows(args.dataset, split, args.dataset_config), form, args.max_samples)
     reward = load_reward(args.reward)
     check_reward_columns([reward], rows.column_names)
+    check_reward(reward, rows.column_names)
     return rows, reward
 
 
@@ -207,29 +205,32 @@ def _transformers_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampl
         device_map="auto" if torch.accelerator.is_available() else None,
     )
 
-    def sample(prompts: list[list[int]], seed: int) -> list[list[Sample]]:
-        more = {"batch_size": args.batch_size, "seed": seed, "measure_entropy": True}
+    def sample(prompts: list[list[int]], start: int) -> list[list[Sample]]:
+        # A seed of its own for each block: a continued evaluation draws what an undisturbed one would.
+        more = {"batch_size": args.batch_size, "seed": (args.seed << 32) + start, "measure_entropy": True}
         return sample_prompts(model, tokenizer, prompts, args.n, **_sampling(args), **more)
 
     return sample
 
 
 def _vllm_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
-    from ..sampling import sample_prompts_with_vllm
+    from ..sampling import sample_prompts_with_vllm, vllm_lora_rank
 
     try:
         from vllm import LLM
     except ImportError as error:
-        raise CommandError("--use_vllm needs vLLM: pip install 'entrocraft_trl[vllm]', or leave it out") from error
+        raise CommandError("--use_vllm needs vLLM: pip install 'trl[vllm]', or leave the option out") from error
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
     if adapter is None:
         llm = LLM(model=args.model, revision=args.model_revision, **options)
     else:
         base = adapter.base_model_name_or_path
-        llm = LLM(model=base, revision=adapter.revision, enable_lora=True, max_lora_rank=adapter.r, **options)
+        rank = vllm_lora_rank(adapter)
+        llm = LLM(model=base, revision=adapter.revision, enable_lora=True, max_lora_rank=rank, **options)
 
-    def sample(prompts: list[list[int]], seed: int) -> list[list[Sample]]:
+    def sample(prompts: list[list[int]], start: int) -> list[list[Sample]]:
         adapter_path = args.model if adapter is not None else None
+        seed = (args.seed << 32) + start * args.n  # vLLM takes as many seeds as there are samples
         return sample_prompts_with_vllm(
             llm, tokenizer, prompts, args.n, **_sampling(args), seed=seed, adapter=adapter_path
         )
@@ -260,8 +261,7 @@ def _sample_missing(
         for start in range(len(records), len(rows), block):
             part = rows.select(range(start, min(start + block, len(rows))))
             prompts = [encode_prompt(tokenizer, prompt, **args.chat_template_kwargs) for prompt in part["prompt"]]
-            # A seed of its own for each block: a continued evaluation draws what an undisturbed one would.
-            samples = sampler(prompts, (args.seed << 32) + start)
+            samples = sampler(prompts, start)
             new = score_block(part, start, samples, reward, args.n)
             save(new)
             records += new
@@ -286,4 +286,5 @@ def _write_results(args: argparse.Namespace, settings: dict[str, Any], records: 
     print(f"{len(records)} prompts, {args.n} completions each")
     for name, value in metrics.items():
         print(f"{name:<17} {'not measured' if value is None else f'{value:.4g}'}")
-    print(f"numbers: {folder / 'summary.json'}\nfigure:  {folder / 'pass_at_k.png'}")
+    print(f"numbers: {printable(str(folder / 'summary.json'))}")
+    print(f"figure:  {printable(str(folder / 'pass_at_k.png'))}")

@@ -3,20 +3,15 @@
 import argparse
 from pathlib import Path
 
-from . import CommandError, is_main_process, user_errors
+from . import CommandError, CommandParser, is_main_process, user_errors
 
 
 POINTS = 401  # of a previewed band: enough for its jumps to look upright
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise CommandError(message)
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options of this command. What it does not know are run folders or, with `--schedule`, training options."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="entrocraft plot",
         usage="%(prog)s RUN_DIR [RUN_DIR ...] [options]\n       %(prog)s --schedule [band options] [options]",
         description="Draw a run's entropy against its band, its reward and its accepted share; several runs side by "

@@ -1,10 +1,11 @@
 """`entrocraft quickstart`: plain GRPO beside Entrocraft on the embedded task, with a table and a figure."""
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
+
+from . import CommandError, CommandParser
 
 
 # Multiples of the initial entropy. Plain GRPO falls below it within the run, so there is something to hold up.
@@ -15,7 +16,7 @@ ARMS = {"GRPO": None, "Entrocraft, advantage sign": "advantage_sign", "Entrocraf
 
 def main(argv: list[str]) -> None:
     """Run the command with the options in `argv`; see `entrocraft quickstart --help`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="entrocraft quickstart",
         description="Train a tiny model three times from the same start and seed - plain GRPO, Entrocraft with the "
         "paper's rule, Entrocraft with the entropy-change rule - on a CPU, without the Hub, and compare.",
@@ -26,6 +27,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.max_steps < 1:
         parser.error(f"--max_steps must be at least 1, got {options.max_steps}")
+    if not 0 <= options.seed < 2**32:  # NumPy's rule, which would be met after the starting policy is made
+        parser.error(f"--seed must lie between 0 and {2**32 - 1}, got {options.seed}")
     run(Path(options.output_dir), options.max_steps, options.seed)
 
 
@@ -35,6 +38,9 @@ def run(output_dir: Path, max_steps: int, seed: int) -> dict[str, Any]:
 
     Returns:
         `dict`: The content of `summary.json`.
+
+    Raises:
+        [`CommandError`]: if the results or the starting policy cannot be written.
     """
     import transformers
     from trl import GRPOConfig, GRPOTrainer
@@ -44,9 +50,12 @@ def run(output_dir: Path, max_steps: int, seed: int) -> dict[str, Any]:
     from ..plots import plot_comparison, save_figure
 
     transformers.logging.set_verbosity_error()
-    output_dir.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    task = expression_task(seed)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        task = expression_task(seed)
+    except OSError as error:
+        raise CommandError(str(error)) from error
     warmed_up = time.perf_counter()
     evaluations = {"starting policy": evaluate_start(task, progress=True)}
     seconds = {"warm-up": warmed_up - start, "evaluation of the start": time.perf_counter() - warmed_up}
