@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from transformers import TrainingArguments
 from trl import GRPOTrainer, RLOOTrainer
 
 from . import diagnosis, entropy, groups, loss_inputs, rejection, schedule
@@ -52,8 +53,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
     bit for bit. [`ExactResumeMixin`] resumes exactly and stops on SIGTERM.
 
     A trainer with a `_compute_loss` of its own says in a class attribute `loss_normaliser` what that divides by (see
-    [`loss_inputs.NORMALISERS`]), so that `rejected_rollouts="drop"` can weigh it. The loss has to mask tokens by
-    `completion_mask * tool_mask`, as TRL's do, and all that it returns is weighed.
+    [`loss_inputs.NORMALISERS`]), so that rollouts are judged and dropped as it weighs them. The loss has to mask
+    tokens by `completion_mask * tool_mask`, as TRL's do, and all that it returns is weighed.
 
     Args:
         entropy_band (`Callable[[float], tuple[float, float]]`, *optional*):
@@ -61,12 +62,11 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             the config. All other arguments are the parent's.
 
     Raises:
-        TypeError: If `args` is not an entropy-control config; or, with `rejected_rollouts="drop"`, if a loss of one's
-            own has no `loss_normaliser`.
+        TypeError: If `args` is not an entropy-control config, or a loss of one's own has no `loss_normaliser`.
         ValueError: If `entropy_band` returns an invalid band, or `entropy_source="sampling"` has no engine that
-            returns log-probs; or if `train_dataset` has too few rows, no prompts, or an empty one; or, with
-            `rejected_rollouts="drop"`, if `loss_type` or `loss_normaliser` is unknown. All before a model loads,
-            unless the parent has a constructor of its own: then right after it.
+            returns log-probs; or if `train_dataset` has too few rows, no prompts, or an empty one; or if
+            `loss_type` or `loss_normaliser` is unknown. All before a model loads, unless the parent has a constructor
+            of its own: then right after it.
     """
 
     _config_class = EntropyControlConfig
@@ -74,6 +74,10 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
     def __init__(self, *args, entropy_band: Callable[[float], tuple[float, float]] | None = None, **kwargs):
         if entropy_band is not None:
             schedule.check_band_function(entropy_band)
+        # By type, wherever a constructor of the user's takes it: what is wrong in it need not wait for the model.
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, TrainingArguments):
+                self._check_config(value)
         # TRL's constructor loads the model, so what it gets is checked before. A constructor of the user's that stands
         # between may name its arguments as it likes, make them itself or change them: what became of them is only
         # known when it is done, and a guess would refuse what is right or miss what is wrong.
@@ -99,19 +103,22 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         self._entropy_band = entropy_band or self.args.band_at
         self.add_callback(EntropyControlState())
 
-    def _check_arguments(self, config: Any, train_dataset: Any, rollout_func: Any, environments: Any) -> None:
+    def _check_config(self, config: Any) -> None:
         if not isinstance(config, self._config_class):
             raise TypeError(
                 f"{type(self).__name__} needs args of type {self._config_class.__name__}, got "
                 f"{type(config).__name__}; it takes the same arguments and adds the entropy band."
             )
+        if config.rejected_rollouts == "drop" or config.rejection_rule == "entropy_change":
+            loss_inputs.loss_normaliser(type(self), config)
+
+    def _check_arguments(self, config: Any, train_dataset: Any, rollout_func: Any, environments: Any) -> None:
+        self._check_config(config)
         if config.entropy_source == "sampling" and not config.use_vllm and rollout_func is None:
             raise ValueError(
                 "entropy_source='sampling' needs a rollout engine that returns log-probs, got use_vllm=False and no "
                 "rollout_func; use entropy_source='policy'."
             )
-        if config.rejected_rollouts == "drop":
-            loss_inputs.loss_normaliser(type(self), config)
         batch_prompts = config.generation_batch_size // config.num_generations
         check_training_rows(train_dataset, batch_prompts, needs_prompts=environments is None)
 
@@ -361,7 +368,8 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
                 half = self._run_policy_pass(batch)
             expected = rejection.expected_entropy_term(*reading.policy_pass, half.logps, half.entropies)
         mask = loss_inputs.loss_mask(batch)
-        return rejection.entropy_change_scores(advantages, reading.sampled_term, expected, mask)
+        weights = loss_inputs.token_weights(mask, loss_inputs.loss_normaliser(type(self), self.args))
+        return rejection.entropy_change_scores(advantages, reading.sampled_term, expected, mask, weights)
 
     def _edit(self, batch: dict[str, Any], keep: torch.Tensor, totals: diagnosis.Totals) -> dict[str, Any]:
         """Loss inputs without the rejected rollouts; the very same ones if none was rejected on any rank."""

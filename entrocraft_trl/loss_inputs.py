@@ -20,10 +20,11 @@ HARMLESS = {
     "ref_per_token_logps": -1e30,
 }
 
-# What a loss divides by, in the words of a trainer's `loss_normaliser`.
+# What a loss divides the sum over its tokens by, in the words of a trainer's `loss_normaliser`.
 NORMALISERS = {
     "tokens": "by inputs['num_items_in_batch']",
     "rows": "by the rows of the micro-batch, rejected ones included",
+    "row_means": "by the tokens of each row, and the means by the rows",
     "local_tokens": "by the loss tokens of the micro-batch",
     "loss_type": "as TRL's loss of that loss_type does",
 }
@@ -32,9 +33,9 @@ LOSS_TYPES = {
     "dapo": "tokens",
     "cispo": "tokens",
     "vespo": "tokens",
-    "grpo": "rows",
+    "grpo": "row_means",
+    "sapo": "row_means",
     "dr_grpo": "rows",
-    "sapo": "rows",
     "luspo": "rows",
     "bnpo": "local_tokens",
 }
@@ -42,7 +43,7 @@ LOSS_TYPES = {
 
 def loss_normaliser(trainer_class: type, args: GRPOConfig | RLOOConfig) -> str:
     """
-    What the loss of `trainer_class` divides by: `"tokens"`, `"rows"` or `"local_tokens"`.
+    What the loss of `trainer_class` divides by: `"tokens"`, `"rows"`, `"row_means"` or `"local_tokens"`.
 
     The class that defines `_compute_loss`, or one before it in the order of inheritance, says so in a class attribute
     `loss_normaliser`, one of `NORMALISERS`; TRL's own losses are known. A declaration further up does not count: it is
@@ -63,9 +64,10 @@ def loss_normaliser(trainer_class: type, args: GRPOConfig | RLOOConfig) -> str:
         if "_compute_loss" in vars(cls):
             choices = "; ".join(f"{name!r}: {meaning}" for name, meaning in NORMALISERS.items())
             raise TypeError(
-                f"{cls.__name__} computes a loss of its own, and rejected_rollouts='drop' has to know what it divides "
-                f'by. Add to {trainer_class.__name__} the line\n    loss_normaliser = "rows"\nor what is right of '
-                f"{choices}. Or use rejected_rollouts='zero_advantage'."
+                f"{cls.__name__} computes a loss of its own, and entropy control has to know what it divides by. Add "
+                f'to {trainer_class.__name__} the line\n    loss_normaliser = "row_means"\nor what is right of '
+                f"{choices}. "
+                "Only rejection_rule='advantage_sign' with rejected_rollouts='zero_advantage' does without."
             )
     if declared not in NORMALISERS:
         raise ValueError(
@@ -77,7 +79,7 @@ def loss_normaliser(trainer_class: type, args: GRPOConfig | RLOOConfig) -> str:
     loss_type = getattr(args, "loss_type", None)
     if loss_type not in LOSS_TYPES:
         raise ValueError(
-            f"rejected_rollouts='drop' has to know what the loss divides by, got loss_type={loss_type!r}; known are "
+            f"entropy control has to know what the loss divides by, got loss_type={loss_type!r}; known are "
             f"{', '.join(map(repr, LOSS_TYPES))}."
         )
     return LOSS_TYPES[loss_type]
@@ -87,6 +89,19 @@ def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
     """Mask `(B, T)` of the tokens that TRL's loss reads: the completion mask, without tool and environment tokens."""
     mask = inputs["completion_mask"]
     return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def token_weights(mask: torch.Tensor, normaliser: str) -> torch.Tensor:
+    """
+    What each token of a rollout weighs in the loss, up to a factor of the whole batch, `(B,)`: 1, or 1 / |o| where the
+    loss takes the mean of each row first.
+
+    Args:
+        mask (`torch.Tensor` of shape `(B, T)`): 1 on loss tokens.
+        normaliser (`str`): What `loss_normaliser` returns.
+    """
+    lengths = mask.sum(dim=1).clamp(min=1).float()
+    return 1.0 / lengths if normaliser == "row_means" else torch.ones_like(lengths)
 
 
 def zero_advantages(inputs: dict[str, Any], keep: torch.Tensor) -> dict[str, Any]:

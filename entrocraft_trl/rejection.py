@@ -95,21 +95,26 @@ def expected_entropy_term(
 
 
 def entropy_change_scores(
-    advantages: torch.Tensor, sampled: torch.Tensor, expected: torch.Tensor | float, mask: torch.Tensor
+    advantages: torch.Tensor,
+    sampled: torch.Tensor,
+    expected: torch.Tensor | float,
+    mask: torch.Tensor,
+    weights: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """
-    `c_i = A_i * sum_t (S_it - N_it)` over the loss tokens: reinforcing rollout i changes entropy by about `-eta c_i`.
+    `c_i = w_i A_i sum_t (S_it - N_it)` over the loss tokens: rollout i changes entropy by about `-eta c_i`.
 
     Args:
         advantages (`torch.Tensor` of shape `(B,)`).
         sampled, mask (`torch.Tensor` of shape `(B, T)`): S and the loss mask.
         expected (`torch.Tensor` of shape `(B, T)` or `float`): N, or the batch mean of S, which estimates N's mean
             because N is the expectation of S under the policy.
+        weights (`torch.Tensor` of shape `(B,)`, *optional*): What a token of the rollout weighs in the loss.
 
     Returns:
         `torch.Tensor` of shape `(B,)`, in nats per unit of step size.
     """
-    return advantages * torch.where(mask.bool(), sampled - expected, 0.0).sum(dim=1)
+    return weights * advantages * torch.where(mask.bool(), sampled - expected, 0.0).sum(dim=1)
 
 
 # Edges push from one cushion (nats) inside the band on, so that in a band 0.1 nats wide both always do. The gains are

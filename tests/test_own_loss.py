@@ -19,14 +19,14 @@ class MineConfig(EntropyControlConfig, GMPOConfig):
 
 class Mine(EntropyControlMixin, GMPOTrainer):
     _config_class = MineConfig
-    loss_normaliser = "rows"
+    loss_normaliser = "row_means"
 
 
 class Below(EntrocraftGRPOTrainer):
     """A loss of one's own below entropy control, without a call of `super()`."""
 
     _config_class = MineConfig
-    loss_normaliser = "rows"
+    loss_normaliser = "row_means"
     _compute_loss = GMPOTrainer._compute_loss
 
 
@@ -68,14 +68,14 @@ class Replaced(Declared):
         (EntrocraftGRPOTrainer, "dapo", "tokens"),
         (EntrocraftGRPOTrainer, "cispo", "tokens"),
         (EntrocraftGRPOTrainer, "vespo", "tokens"),
-        (EntrocraftGRPOTrainer, "grpo", "rows"),
+        (EntrocraftGRPOTrainer, "grpo", "row_means"),
         (EntrocraftGRPOTrainer, "dr_grpo", "rows"),
-        (EntrocraftGRPOTrainer, "sapo", "rows"),
+        (EntrocraftGRPOTrainer, "sapo", "row_means"),
         (EntrocraftGRPOTrainer, "luspo", "rows"),
         (EntrocraftGRPOTrainer, "bnpo", "local_tokens"),
         (Declared, "dapo", "local_tokens"),
         (Wrapped, "dapo", "tokens"),
-        (Mine, "dapo", "rows"),
+        (Mine, "dapo", "row_means"),
     ],
 )
 def test_normaliser(trainer_class, loss_type, expected):
@@ -103,13 +103,13 @@ def with_control(trainer_class, **attributes):
 )
 def test_a_silent_loss_is_refused_with_the_line_that_declares_it(trainer_class):
     args = tiny.build_config(MineConfig)
-    with pytest.raises(TypeError, match='Add to Own the line\n    loss_normaliser = "rows"\n'):
+    with pytest.raises(TypeError, match='Add to Own the line\n    loss_normaliser = "row_means"\n'):
         tiny.build_trainer(trainer_class, model="no/such-model", args=args)
 
 
 def test_an_unknown_declaration_is_refused():
     trainer_class = with_control(GMPOTrainer, loss_normaliser="sequences")
-    with pytest.raises(ValueError, match="'tokens', 'rows', 'local_tokens', 'loss_type', got 'sequences'"):
+    with pytest.raises(ValueError, match="'row_means', 'local_tokens', 'loss_type', got 'sequences'"):
         tiny.build_trainer(trainer_class, model="no/such-model", args=tiny.build_config(MineConfig))
 
 
@@ -119,7 +119,13 @@ def test_an_unknown_loss_type_is_refused():
         tiny.build_trainer(model="no/such-model", args=args)
 
 
-def test_zero_advantage_needs_no_declaration():
+def test_scores_need_a_declaration_however_rejected_rollouts_are_treated():
+    args = tiny.build_config(MineConfig, rejected_rollouts="zero_advantage", rejection_rule="entropy_change")
+    with pytest.raises(TypeError, match="Add to Own the line"):
+        tiny.build_trainer(with_control(GMPOTrainer), model="no/such-model", args=args)
+
+
+def test_the_sign_rule_with_zero_advantages_needs_no_declaration():
     args = tiny.build_config(MineConfig, rejected_rollouts="zero_advantage", **tiny.TOO_LOW)
     trainer = tiny.build_trainer(with_control(GMPOTrainer), args=args)
     trainer.train()

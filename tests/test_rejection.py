@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from entrocraft_trl import rejection
+from entrocraft_trl import loss_inputs, rejection
 
 
 finite = st.floats(-1e6, 1e6, width=32)
@@ -462,3 +462,37 @@ def test_rejecting_by_entropy_change_raises_and_lowers_entropy(real_model):
         keep = rejection.accept_by_entropy_change(real_model.scores, -direction, -direction)
         change = real_model.entropy_change(keep.nonzero().flatten().tolist())
         assert change * direction < 0, f"direction {direction} moved entropy by {change}"
+
+
+# ----------------------------------------------------------------------------------------- as the loss weighs rollouts
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "sapo", "dr_grpo", "luspo"])
+def test_the_predicted_net_change_is_that_of_the_losss_own_step(loss_type):
+    """Row means weigh a long rollout's tokens less: with unequal lengths, sums got the net change's sign wrong."""
+    generator = torch.Generator().manual_seed(6)
+    lengths = torch.tensor([2, 3, 30, 4, 25, 2])  # the long ones outvote the others by sums, and not by means
+    mask = (torch.arange(30) < lengths.unsqueeze(1)).float()
+    logits = (2 * torch.randn(6, 30, 9, generator=generator, dtype=torch.float64)).requires_grad_(True)
+    tokens = torch.randint(9, (6, 30, 1), generator=generator)
+    advantages = torch.tensor([1.0, 1.2, -0.4, 0.8, -0.5, 1.1], dtype=torch.float64)
+    logps = logits.log_softmax(-1).gather(-1, tokens).squeeze(-1)
+    per_token = -advantages.unsqueeze(1) * logps * mask
+    loss = {
+        "dapo": lambda: per_token.sum() / mask.sum(),
+        "grpo": lambda: (per_token.sum(1) / mask.sum(1)).mean(),
+        "sapo": lambda: (per_token.sum(1) / mask.sum(1)).mean(),
+        "dr_grpo": lambda: per_token.sum() / (6 * 40),
+        "luspo": lambda: per_token.sum(1).mean(),
+    }[loss_type]()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    eta = 1e-5  # small: first order
+    moved = ((entropy_of(logits - eta * gradient) - entropy_of(logits)) * mask).sum().item()
+    log_probabilities = logits.detach().log_softmax(-1)
+    h = entropy_of(logits.detach())
+    terms = log_probabilities.exp() * (log_probabilities + h.unsqueeze(-1))
+    s, n = terms.gather(-1, tokens).squeeze(-1), (log_probabilities.exp() * terms).sum(-1)
+    weights = loss_inputs.token_weights(mask, loss_inputs.LOSS_TYPES[loss_type])
+    scores = rejection.entropy_change_scores(advantages, s, n, mask, weights)
+    scale = {"dapo": mask.sum(), "grpo": 6, "sapo": 6, "dr_grpo": 240, "luspo": 6}[loss_type]  # of the whole batch
+    assert -eta * scores.sum().item() / scale == pytest.approx(moved, rel=1e-3)
