@@ -385,6 +385,18 @@ def test_a_judge_that_is_away_for_a_while_does_not_end_the_run():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_resumed_run_counts_anew(tmp_path):
+    """Who resumes has mended the judge, or is told again; a first batch without reward is no reason to stop."""
+    settings = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 8, **tiny.WIDE_OPEN}
+    before = tiny.build_trainer(reward_funcs=unapplied, args=tiny.build_config(max_steps=8, **settings))
+    before.train()
+    after = tiny.build_trainer(reward_funcs=unapplied, args=tiny.build_config(max_steps=30, **settings))
+    with pytest.raises(ValueError, match="'unapplied' returned None"):
+        after.train(resume_from_checkpoint=True)
+    assert after.state.global_step == 8 + MOST_UNSCORABLE_BATCHES - 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_batches_of_an_evaluation_do_not_count():
     """Its rows may lack what the reward reads; training goes on."""
 
