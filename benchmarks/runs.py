@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from entrocraft_trl.atomic import write_atomically
+
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,9 +38,7 @@ def kept_record(file: Path, settings: dict, make: Callable[[], dict]) -> dict:
     record = {"settings": settings, **make()}
     file.parent.mkdir(parents=True, exist_ok=True)
     # In one piece: a run that is killed while writing must not leave a file that stops the next call.
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(record))
-    partial.replace(file)
+    write_atomically(file, lambda stream: stream.write(json.dumps(record).encode()))
     return record
 
 

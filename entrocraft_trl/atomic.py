@@ -7,8 +7,11 @@ from typing import IO
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Call `write` on a new file and give it the name `path` once it is on the disk: never half there."""
-    partial = path.with_name(f".{path.name}.partial")
+    """
+    Call `write` on a new file and give it the name `path` once it is on the disk: never half there. Until then its
+    name begins with an underscore, as the names of all that a push to the Hub leaves out.
+    """
+    partial = path.with_name(f"_{path.name}.partial")
     with partial.open("wb") as stream:
         write(stream)
         stream.flush()

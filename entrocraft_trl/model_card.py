@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .atomic import write_atomically
 from .live import ENTROPY, HIGH, LOW, newest_reading
 
 
@@ -80,9 +80,8 @@ class ModelCardMixin:
         )
         head, heading, tail = (folder / CARD).read_text(encoding="utf-8").partition(BEFORE)
         # In one piece: an upload in the background may be reading the card.
-        draft = folder / f"_{CARD}"
-        draft.write_text(f"{head.rstrip()}\n{section}\n{heading}{tail}", encoding="utf-8")
-        os.replace(draft, folder / CARD)
+        text = f"{head.rstrip()}\n{section}\n{heading}{tail}".encode()
+        write_atomically(folder / CARD, lambda stream: stream.write(text))
 
     def _figure(self, log: Sequence[Mapping[str, Any]]) -> bool:
         """Draw the figure beside the card; whether there is one to link."""
@@ -94,7 +93,7 @@ class ModelCardMixin:
         try:
             from .plots import plot_run, save_figure
 
-            os.replace(save_figure(plot_run(log), path.with_name(f"_{FIGURE}")), path)
+            save_figure(plot_run(log), path)
         except Exception as error:  # a full disk, a broken plotting library: the card does without
             logger.warning(f"The model card got no entropy figure: {type(error).__name__}: {error}")
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .atomic import write_atomically
 from .printable import printable
 
 
@@ -207,10 +209,12 @@ def plot_pass_at_k(curves: Mapping[str, Mapping[int, float]], title: str | None 
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
-    """Write a figure, making its folder; the suffix says the format. Returns the path."""
+    """Write a figure in one piece, making its folder; the suffix says the format (PNG without). Returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix[1:] or "png", dpi=DPI)
+    write_atomically(path, lambda stream: stream.write(image.getvalue()))
     return path
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from huggingface_hub.utils import filter_repo_objects
 from trl import GRPOTrainer
 
 from entrocraft_trl.atomic import write_atomically
 from entrocraft_trl.checkpoint import list_checkpoints, set_aside, why_incomplete
+from entrocraft_trl.hub import NOT_PUSHED
 
 
 def build(output_dir="run", trainer_class=tiny.EntrocraftGRPOTrainer, **settings):
@@ -146,3 +148,7 @@ def test_atomic_writing_leaves_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, half)
     assert path.read_bytes() == b"old"
+    # What is left of the new one stays here: a push of the folder leaves it out.
+    assert list(filter_repo_objects([file.name for file in tmp_path.iterdir()], ignore_patterns=NOT_PUSHED)) == [
+        "state"
+    ]

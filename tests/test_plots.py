@@ -51,6 +51,13 @@ def test_pictures_of_short_and_long_runs(tmp_path, steps):
     assert path.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a", b"\x89PNG")])
+def test_a_figure_is_where_it_is_said_to_be_in_the_format_of_its_suffix(tmp_path, name, start):
+    path = save_figure(plot_run(records()), tmp_path / name)
+    assert path == tmp_path / name and path.read_bytes().startswith(start)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_comparison_shades_a_shared_band_once():
     figure = plot_comparison({"GRPO": records(band=False), "A": records(), "B": records()})
     assert len(figure.axes[0].lines) == 3

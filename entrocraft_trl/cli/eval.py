@@ -273,7 +273,7 @@ def _sample_missing(
 def _write_results(args: argparse.Namespace, settings: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
     from ..atomic import write_atomically
     from ..evaluation_records import summarise_records
-    from ..plots import plot_pass_at_k
+    from ..plots import plot_pass_at_k, save_figure
 
     metrics = summarise_records(records, args.n)
     folder = Path(args.output_dir)
@@ -282,7 +282,7 @@ def _write_results(args: argparse.Namespace, settings: dict[str, Any], records: 
     write_atomically(folder / "summary.json", lambda stream: stream.write(text))
     curve = {int(name.removeprefix("pass@")): value for name, value in metrics.items() if name.startswith("pass@")}
     figure = plot_pass_at_k({Path(args.model).name: curve}, Path(args.dataset).stem)
-    write_atomically(folder / "pass_at_k.png", lambda stream: figure.savefig(stream, format="png"))
+    save_figure(figure, folder / "pass_at_k.png")
     print(f"{len(records)} prompts, {args.n} completions each")
     for name, value in metrics.items():
         print(f"{name:<17} {'not measured' if value is None else f'{value:.4g}'}")
