@@ -249,5 +249,21 @@ def callback() -> None:
     require(Probe.from_state(Probe({"horizon": 7}).state()).memory == {"horizon": 7}, "it came back changed")
 
 
+def hub_session() -> None:
+    """huggingface_hub: the session that uploads use has a limit to silence that can be set"""
+    from huggingface_hub import get_session
+
+    require(hasattr(get_session().timeout, "read"), f"its timeout is {get_session().timeout!r}, without `read`")
+
+
 OF_BOTH = (policy_pass, attributes, loss_inputs, rewards, table, nan_in_log, counters)
-OTHERS = (optional_inputs, old_policy_pass, shuffle_and_split, loss_types, fused_head, saving_order, callback)
+OTHERS = (
+    optional_inputs,
+    old_policy_pass,
+    shuffle_and_split,
+    loss_types,
+    fused_head,
+    saving_order,
+    callback,
+    hub_session,
+)
