@@ -3,10 +3,14 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test soak lint bench-control clean
+.PHONY: quickstart check test soak test-next test-floor lint bench-control clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/entrocraft quickstart
+
+# The inner loop: all that starts no other process, on two cores.
+check: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -m "not subprocess" --numprocesses 2 --dist worksteal
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest
@@ -14,6 +18,27 @@ test: $(VENV)/.installed lint
 # The long forms: 5,000 optimizer steps on two ranks, 30 kills, twenty times as many random inputs.
 soak: $(VENV)/.installed
 	ENTROCRAFT_SOAK=1 $(BIN)/python -m pytest --override-ini timeout=3600
+
+# The newest and the lowest versions that setup.cfg allows, each in an environment of its own, with what depends on them
+# most. torch is the pinned one in both, unless TORCH names another: other builds bring gigabytes of CUDA libraries.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+PIP := python -m pip install --quiet --disable-pip-version-check
+VERSION_TESTS := tests/test_trl_contract.py tests/test_drop_equality.py tests/test_trainer.py
+
+test-next:
+	$(PYTHON) -m venv --clear .venv-next
+	.venv-next/bin/$(PIP) $(TORCH)
+	.venv-next/bin/$(PIP) --editable ".[test]"
+	.venv-next/bin/python -m entrocraft_trl.contract
+	.venv-next/bin/python -m pytest $(VERSION_TESTS)
+
+test-floor:
+	$(PYTHON) -m venv --clear .venv-floor
+	sed -n '/^install_requires/,/^$$/ { /torch/d; s/^ *\([a-z-]*\)>=\([0-9.]*\).*/\1==\2/p }' setup.cfg > .venv-floor/floor.txt
+	.venv-floor/bin/$(PIP) $(TORCH)
+	.venv-floor/bin/$(PIP) --constraint .venv-floor/floor.txt --editable ".[test]"
+	.venv-floor/bin/python -m entrocraft_trl.contract
+	.venv-floor/bin/python -m pytest $(VERSION_TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -25,9 +50,9 @@ bench-control: $(VENV)/.installed
 # torch first and pinned: left to the resolver, the newest build with gigabytes of CUDA libraries comes along.
 $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
+	$(BIN)/$(PIP) --constraint constraints.txt torch
+	$(BIN)/$(PIP) --constraint constraints.txt --editable ".[test]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-next .venv-floor build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

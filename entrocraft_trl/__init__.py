@@ -1,5 +1,6 @@
 """Entropy schedules for reinforcement learning of language models with TRL (Entrocraft, arXiv 2604.26326)."""
 
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -9,20 +10,34 @@ from packaging.version import Version
 
 __version__ = "0.1.0"
 
-# The trainers hook into private methods of TRL, which change between minor versions; tests/test_trl_contract.py checks
-# each hook. The upper bound moves when those tests pass on a new version.
-TRL_MIN, TRL_BELOW = "1.16.0", "1.17"
+# The trainers hook into private methods of both, which move between minor versions. `entrocraft_trl.contract` checks
+# each hook; TRL_TESTED moves when it holds, and the tests pass, on a newer version.
+SUPPORTED = {"trl": ("1.16.0", "2"), "transformers": ("5.8.0", "6")}  # from the first, below the second
+TRL_TESTED = "1.16"
 
 
-def _check_trl(installed: str) -> None:
-    if not Version(TRL_MIN) <= Version(installed) < Version(TRL_BELOW):
+def _check_range(library: str, installed: str) -> None:
+    lowest, below = SUPPORTED[library]
+    if not Version(lowest) <= Version(installed) < Version(below):
+        supported = f"{library}>={lowest},<{below}"
         raise ImportError(
-            f"entrocraft_trl {__version__} works with trl>={TRL_MIN},<{TRL_BELOW}, but trl {installed} is installed. "
-            f'Install a tested version: pip install "trl>={TRL_MIN},<{TRL_BELOW}"'
+            f"entrocraft_trl {__version__} works with {supported}, but {library} {installed} is installed. "
+            f'Install a supported version: pip install "{supported}"'
         )
 
 
-_check_trl(version("trl"))
+def _warn_above_tested(installed: str) -> None:
+    if Version(installed).release[:2] > Version(TRL_TESTED).release:
+        warnings.warn(
+            f"trl {installed} is newer than {TRL_TESTED}, the newest that entrocraft_trl {__version__} was tested "
+            "with. `python -m entrocraft_trl.contract` says in seconds whether all that it relies on is still there.",
+            stacklevel=2,
+        )
+
+
+for _library in SUPPORTED:
+    _check_range(_library, version(_library))
+_warn_above_tested(version("trl"))
 
 # Imported on first use: `import entrocraft_trl` then costs no more than `import trl`, which is lazy too.
 _MODULE_OF = {

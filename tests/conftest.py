@@ -11,8 +11,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import gc  # noqa: E402
+import subprocess  # noqa: E402
 
 import pytest  # noqa: E402
+
+
+# Tests that start processes by their folder, and by the fixture that starts them; others carry the mark themselves.
+FOLDERS = {"distributed"}
+FIXTURES = {"hub", "processes"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name in FOLDERS or FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.subprocess)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_in_the_inner_loop(request):
+    """`make check` names the test that starts a process without the mark, instead of growing slow."""
+
+    def refuse(self, words, *args, **kwargs):
+        raise AssertionError(f"mark this test with @pytest.mark.subprocess: it starts {words}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.option.markexpr == "not subprocess":
+            patch.setattr(subprocess.Popen, "__init__", refuse)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -104,6 +104,7 @@ def test_full_run_on_gsm8k(tiny_model, tmp_path, capsys, data):
     assert (run / "entropy.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.subprocess
 def test_two_processes_under_torchrun(tiny_model, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = gsm8k_options(tiny_model, tmp_path / "run")
@@ -171,12 +172,14 @@ def test_dry_run_shows_data_rewards_and_band(tiny_model, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------- help, errors
 
 
+@pytest.mark.subprocess
 def test_help_without_heavy_imports():
     code = "import sys; from entrocraft_trl.cli import main; main(['--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(command in done.stdout for command in COMMANDS)
 
 
+@pytest.mark.subprocess
 def test_module_entry_shows_training_help():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "entrocraft_trl", "train", "--help"]

@@ -8,7 +8,6 @@ import pytest
 import yaml
 from trl import TrlParser
 
-import entrocraft_trl
 from entrocraft_trl import Band, EntrocraftGRPOConfig, EntrocraftRLOOConfig
 from entrocraft_trl.config import EntropyControlConfig
 
@@ -306,18 +305,3 @@ def test_the_full_distribution_does_not_warn(fields):
 def test_trls_own_checks_still_run():
     with pytest.raises(ValueError, match="num_generations"):
         EntrocraftGRPOConfig("run", **CPU, per_device_train_batch_size=3, num_generations=2)
-
-
-# ----------------------------------------------------------------------------------------------------- the TRL version
-
-
-@pytest.mark.parametrize("version", ["1.16.0", "1.16.5"])
-def test_tested_trl_versions_are_accepted(version):
-    entrocraft_trl._check_trl(version)
-
-
-@pytest.mark.parametrize("version", ["1.15.3", "1.17.0", "0.29.1", "2.0.0"])
-def test_other_trl_versions_are_refused(version):
-    with pytest.raises(ImportError) as error:
-        entrocraft_trl._check_trl(version)
-    assert_message(error, [f"trl {version} is installed", "trl>=1.16.0,<1.17", "pip install"])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from entrocraft_trl import EntrocraftGRPOConfig
 from entrocraft_trl.cli.arguments import parse
@@ -18,6 +19,7 @@ PAPER = {
     "qwen3-14b": ("cosine", (0.4, 0.5), (0.1, 0.2), 392),
     "llama-3.1-8b": ("cosine", (0.9, 1.0), (0.1, 0.2), 392),
     "qwen3-4b-fixed": ("constant", (0.5, 0.5), (0.5, 0.5), 1720),
+    "qwen3-4b-constant": ("constant", (0.6, 0.7), (0.6, 0.7), 1720),  # of the official repository, not in the paper
 }
 
 
@@ -46,6 +48,12 @@ def test_paper_numbers(name):
     assert (args.learning_rate, args.beta) == (1e-6, 1e-3)
     assert (script.max_prompt_length, args.max_completion_length) == (1024, 3072)
     assert args.rejection_rule == "advantage_sign"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_runs_name_their_rule(name):
+    # Left to the default, these runs would change with it.
+    assert yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text())["rejection_rule"] == "advantage_sign"
 
 
 @pytest.mark.parametrize("processes", [1, 8])

@@ -74,6 +74,7 @@ def options(tmp_path) -> list[str]:
     ]
 
 
+@pytest.mark.subprocess
 def test_the_script_trains_from_another_folder(job, options, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -104,6 +105,7 @@ def test_errors_are_one_line(job, options, monkeypatch, capsys):
     assert "entrocraft: error: resume_from_checkpoint=hub needs hub_model_id" in capsys.readouterr().err
 
 
+@pytest.mark.subprocess
 def test_without_the_package_the_script_says_where_it_comes_from(job, tmp_path):
     bare = [sys.executable, "-I", "-S", str(job)]  # the interpreter without any installed package
     done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, timeout=60)

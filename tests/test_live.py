@@ -183,6 +183,7 @@ def test_lines_of_a_training_are_its_log(lines, monkeypatch):
     assert lines[-1] == status_line(trainer.state.log_history, 3)
 
 
+@pytest.mark.subprocess
 def test_in_a_real_kernel_one_output_holds_the_last_figure():
     pytest.importorskip("ipykernel")
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
@@ -206,6 +207,7 @@ callback.on_train_end(None, state, None)
     assert figure.data["image/png"].startswith("iVBOR")  # PNG in base64
 
 
+@pytest.mark.subprocess
 def test_without_a_display_or_a_usable_backend():
     """Neither is asked for: figures are made without pyplot, which would look for a window system."""
     code = (

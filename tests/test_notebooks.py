@@ -177,6 +177,7 @@ def real_form(name: str, model: Path) -> list:
     return [nbformat.v4.new_code_cell(hub), *notebook.cells, nbformat.v4.new_code_cell("assert MODEL == model_name")]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_as_it_stands_and_with_a_real_model(name, untrained_policy, chat_model, tmp_path, monkeypatch):
     monkeypatch.setenv("ENTROCRAFT_CACHE", str(untrained_policy))  # the kernel inherits the environment

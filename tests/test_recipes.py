@@ -13,12 +13,14 @@ import yaml
 from transformers import Qwen3Config
 
 from entrocraft_trl.cli import main
-from entrocraft_trl.cli.arguments import parse
+from entrocraft_trl.cli.arguments import make_parser, parse
+from entrocraft_trl.cli.recipe import recipes
 
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "tests" / "data" / "gsm8k_sample.jsonl"
-RECIPES = sorted((ROOT / "configs").glob("*lora-*.yaml"))
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(CONFIGS.glob("*lora-*.yaml"))
 WITH_VLLM = [path for path in RECIPES if path.stem.startswith("lora-")]
 SIZES = {  # hidden, intermediate, layers, heads, key heads: of the Qwen3 models of that name
     "0.6b": (1024, 3072, 28, 16, 8),
@@ -137,3 +139,58 @@ def test_models_without_an_estimate_still_dry_run(reference_folder, tmp_path, ca
     (folder / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
     plan = dry_run(RECIPES[0], str(folder), capsys)
     assert "memory           no estimate for models of type 'gpt2'" in plan
+
+
+# ----------------------------------------------------------------------------------------------------- recipes by name
+
+
+def test_every_config_is_a_recipe():
+    assert {name: path.read_text() for name, path in recipes().items()} == {
+        path.stem: path.read_text() for path in CONFIGS.glob("*.yaml")
+    }
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_a_name_means_its_file_wherever_one_stands(name, tmp_path, monkeypatch):
+    by_path = parse(["--config", str(CONFIGS / f"{name}.yaml")])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # the output folder of a run may have the recipe's name
+    assert parse(["--config", name]) == parse([f"--config={name}"]) == by_path
+
+
+def test_a_file_comes_before_the_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text("max_steps: 3\noutput_dir: mine")
+    assert parse(["--config", "quickstart"])[1].max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("qwen3-4b-readmy", "did you mean 'qwen3-4b-readme'?"),
+        ("zzz", "the names are: llama-3.1-8b, lora-qwen3-0.6b, "),
+        ("accelerate/zero3", "the names are: "),  # not one to train with
+    ],
+)
+def test_an_unknown_recipe_is_one_line(name, hint, capsys):
+    assert main(["train", "--config", name]) == 2
+    error = capsys.readouterr().err
+    assert f"the path of a YAML file or the name of a recipe, got {name!r}; {hint}" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_help_lists_every_recipe_on_a_line_of_its_own():
+    lines = make_parser().format_help().splitlines()
+    assert {f"  {name}" for name in recipes()} <= set(lines)
+
+
+def test_the_recipe_command_lists_and_finds(capsys):
+    assert main(["recipe"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed["qwen3-4b-gspo"] == "Qwen3-4B-Base with GSPO (sequence-level importance ratios), linear band."
+    assert set(listed) == {str(path.relative_to(CONFIGS)).removesuffix(".yaml") for path in CONFIGS.rglob("*.yaml")}
+    for name in listed:
+        assert main(["recipe", name]) == 0
+        assert Path(capsys.readouterr().out.strip()).samefile(CONFIGS / f"{name}.yaml")
+    assert main(["recipe", "accelerate/zero4"]) == 2
+    assert "there is no recipe 'accelerate/zero4'; did you mean 'accelerate/zero" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Arguments of a training run, from a YAML file and the command line, on TRL's parser."""
 
+import argparse
 import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -11,6 +12,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from ..config import EntrocraftGRPOConfig
 from ..data import PromptFormat
 from . import CommandError
+from .recipe import config_file, recipes
 
 
 @dataclass
@@ -99,12 +101,23 @@ class _Parser(TrlParser):
         raise CommandError(message)
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """With the recipes one a line: wrapped, their names would be broken at the hyphens."""
+
+
 def make_parser(prog: str = "entrocraft train") -> TrlParser:
     """TRL's parser over the script, trainer, model and data-mixture arguments."""
     import torch
     from transformers.utils import is_torch_bf16_gpu_available
 
-    parser = _Parser((EntrocraftScriptArguments, EntrocraftGRPOConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    parser = _Parser(
+        (EntrocraftScriptArguments, EntrocraftGRPOConfig, ModelConfig, DatasetMixtureConfig),
+        prog=prog,
+        usage=f"{prog} [--config FILE or RECIPE] [options]",  # argparse's own has a line for each of the options
+        description="Settings come from a YAML file or a recipe, and from the options below, which win.\n\n"
+        "recipes (`entrocraft recipe` says what each is and where its file lies):\n  " + "\n  ".join(recipes()),
+        formatter_class=_HelpFormatter,
+    )
     # TRL's default bf16=True is refused on machines without it. A YAML file or the command line still overrides these.
     if not torch.accelerator.is_available():
         parser.set_defaults_with_config(use_cpu=True, bf16=False)
@@ -117,7 +130,7 @@ def parse(
     argv: list[str],
 ) -> tuple[EntrocraftScriptArguments, EntrocraftGRPOConfig, ModelConfig, DatasetMixtureConfig]:
     """
-    Arguments of a run from `--config file.yaml` and the command line, which wins.
+    Arguments of a run from `--config`, a YAML file or a recipe's name, and from the command line, which wins.
 
     Raises:
         `CommandError`: for an unknown option or key, or a value of the wrong type.
@@ -127,7 +140,10 @@ def parse(
     # TRL reads `--config FILE` only.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv and argv[-1] == "--config":
-        raise CommandError("--config needs the path of a YAML file")
+        raise CommandError("--config needs the path of a YAML file or the name of a recipe")
+    if "--config" in argv:
+        value = argv.index("--config") + 1
+        argv[value] = config_file(argv[value])
     try:
         *parsed, in_file, in_command = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True

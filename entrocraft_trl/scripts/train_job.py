@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.8",
-#     "trl>=1.16.0,<1.17",
-#     "transformers>=5.8",
+#     "trl>=1.16.0,<2",
+#     "transformers>=5.8.0,<6",
 #     "peft>=0.21",
-#     "datasets>=4.0",
-#     "accelerate>=1.10",
-#     "matplotlib>=3.8",
+#     "datasets>=4.7",
+#     "accelerate>=1.10.1",
+#     "matplotlib>=3.9",
 #     "math-verify>=0.8",
 # ]
 # ///
