@@ -23,7 +23,7 @@ soak: $(VENV)/.installed
 # most. torch is the pinned one in both, unless TORCH names another: other builds bring gigabytes of CUDA libraries.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 PIP := python -m pip install --quiet --disable-pip-version-check
-VERSION_TESTS := tests/test_trl_contract.py tests/test_drop_equality.py tests/test_trainer.py
+VERSION_TESTS := tests/package/test_trl_contract.py tests/control/test_drop_equality.py tests/control/test_trainer.py
 
 test-next:
 	$(PYTHON) -m venv --clear .venv-next

@@ -53,7 +53,7 @@ def band_knots(initial: float) -> dict[str, list[tuple[float, float]]]:
 
 def centre_at(knots: list[tuple[float, float]], progress: float) -> float:
     """The band's centre in nats."""
-    from entrocraft_trl.schedule import Knot, band_at
+    from entrocraft_trl.control.schedule import Knot, band_at
 
     return band_at(progress, shape="piecewise", knots=[Knot(p, c, c) for p, c in knots]).low
 
@@ -74,7 +74,7 @@ def train(job: dict, output_dir: str) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from entrocraft_trl.comparison import (
+    from entrocraft_trl.compare.run import (
         expression_arguments,
         expression_task,
         measured_entropies,
@@ -124,7 +124,7 @@ def train(job: dict, output_dir: str) -> dict:
 
 def start_of_task() -> tuple[float, dict[str, float]]:
     """Entropy in nats of the starting policy on the training prompts, which sets all bands, and its evaluation."""
-    from entrocraft_trl.comparison import evaluate_start, expression_task
+    from entrocraft_trl.compare.run import evaluate_start, expression_task
 
     task = expression_task()
     return evaluate_start(task, on_training_prompts=True)["entropy"], evaluate_start(task)

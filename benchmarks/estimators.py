@@ -47,13 +47,8 @@ def run_one(name: str, initial: float) -> dict:
 
 def train(name: str, initial: float, output_dir: str) -> dict:
     """Train with one estimator; the readings of its steps and the evaluation."""
-    from entrocraft_trl import (
-        EntrocraftGRPOConfig,
-        EntrocraftGRPOTrainer,
-        EntrocraftRLOOConfig,
-        EntrocraftRLOOTrainer,
-    )
-    from entrocraft_trl.comparison import expression_arguments, expression_task, train_and_evaluate
+    from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer, EntrocraftRLOOConfig, EntrocraftRLOOTrainer
+    from entrocraft_trl.compare.run import expression_arguments, expression_task, train_and_evaluate
 
     centre = band_knots(initial)["constant"][0][1]
     arguments = expression_arguments(output_dir, max_steps=STEPS, seed=SEED) | {

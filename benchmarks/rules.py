@@ -74,7 +74,7 @@ def grpo_checkpoints(start: Path, steps: tuple[int, ...], inverted: bool = False
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from entrocraft_trl.comparison import expression_arguments, expression_task
+    from entrocraft_trl.compare.run import expression_arguments, expression_task
 
     folder = FOLDER / f"grpo-{start.name}"
     if all((folder / f"checkpoint-{step}").is_dir() for step in steps):
@@ -158,7 +158,7 @@ def mean_entropy(logps: torch.Tensor, mask: torch.Tensor) -> float:
 
 def margins(logps: torch.Tensor, rollouts: Rollouts) -> torch.Tensor:
     """Sum of S - N over each rollout's tokens, `(B,)`, N exact, by the functions that the trainer uses."""
-    from entrocraft_trl import rejection
+    from entrocraft_trl.control import rejection
 
     half = (2 * logps).log_softmax(dim=-1)
     tokens = rollouts.ids[:, -logps.size(1) :].unsqueeze(-1)

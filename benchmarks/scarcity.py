@@ -41,7 +41,7 @@ RULES = {
 
 def starting_point() -> tuple[Path, float]:
     """A policy that is mostly right (taught no habit), and its entropy in nats on the training prompts."""
-    from entrocraft_trl.comparison import evaluate_start, expression_task
+    from entrocraft_trl.compare.run import evaluate_start, expression_task
     from entrocraft_trl.tasks import WarmupSettings, starting_policy
 
     policy = starting_policy(settings=WarmupSettings(habit_share=0.0), progress=False)
@@ -60,7 +60,7 @@ def run_one(rule: str, floor: float, seed: int, policy: Path, centre: float) -> 
 def train(rule: str, floor: float, seed: int, policy: Path, centre: float, output_dir: str) -> dict:
     """Train under one rule and floor; the readings of its steps and the evaluation."""
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from entrocraft_trl.comparison import expression_arguments, expression_task, train_and_evaluate
+    from entrocraft_trl.compare.run import expression_arguments, expression_task, train_and_evaluate
 
     config = EntrocraftGRPOConfig(
         **expression_arguments(output_dir, max_steps=STEPS, seed=seed) | {"disable_tqdm": True},

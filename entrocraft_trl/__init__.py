@@ -43,14 +43,14 @@ _warn_above_tested(version("trl"))
 _MODULE_OF = {
     "EntrocraftGRPOConfig": "config",
     "EntrocraftRLOOConfig": "config",
-    "EntropyControlMixin": "control",
-    "EntropyCurveCallback": "live",
+    "EntropyControlMixin": "control.mixin",
+    "EntropyCurveCallback": "reports.live",
     "EntrocraftGRPOTrainer": "trainer",
     "EntrocraftRLOOTrainer": "trainer",
-    "Band": "schedule",
-    "band_at": "schedule",
-    "pass_at_k": "evaluation",
-    "evaluate_policy": "evaluation",
+    "Band": "control.schedule",
+    "band_at": "control.schedule",
+    "pass_at_k": "evaluation.accuracy",
+    "evaluate_policy": "evaluation.accuracy",
 }
 
 __all__ = [
@@ -68,10 +68,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .config import EntrocraftGRPOConfig, EntrocraftRLOOConfig
-    from .control import EntropyControlMixin
-    from .evaluation import evaluate_policy, pass_at_k
-    from .live import EntropyCurveCallback
-    from .schedule import Band, band_at
+    from .control.mixin import EntropyControlMixin
+    from .control.schedule import Band, band_at
+    from .evaluation.accuracy import evaluate_policy, pass_at_k
+    from .reports.live import EntropyCurveCallback
     from .trainer import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
 
 

@@ -3,7 +3,7 @@
 from trl import GRPOTrainer, RLOOTrainer
 
 from .config import EntrocraftGRPOConfig, EntrocraftRLOOConfig
-from .control import EntropyControlMixin
+from .control.mixin import EntropyControlMixin
 
 
 class EntrocraftGRPOTrainer(EntropyControlMixin, GRPOTrainer):

@@ -10,7 +10,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from ..config import EntrocraftGRPOConfig
-from ..data import PromptFormat
+from ..data.loading import PromptFormat
 from . import CommandError
 from .recipe import config_file, recipes
 

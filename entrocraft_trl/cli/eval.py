@@ -17,7 +17,7 @@ from . import CommandError, CommandParser, user_errors
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..sampling import Sample
+    from ..evaluation.sampling import Sample
 
     # Samples (B, n) of B prompts of token ids, the first of which has this number in the data set.
     Sampler = Callable[[list[list[int]], int], list[list[Sample]]]
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
     """Run the command: sample what is missing, score it, and write the results."""
-    from ..sample_file import append_samples, resume_samples
+    from ..evaluation.sample_file import append_samples, resume_samples
 
     with user_errors():
         args = make_parser().parse_args(argv)
@@ -157,9 +157,9 @@ def _load_tokenizer(args: argparse.Namespace):
 
 
 def _data(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Callable]:
-    from ..data import BUILDERS, load_rows, prepare_rows
-    from ..rewards import check_reward_columns, load_reward
-    from ..scoring import check_reward
+    from ..data.loading import BUILDERS, load_rows, prepare_rows
+    from ..data.rewards import check_reward_columns, load_reward
+    from ..evaluation.scoring import check_reward
     from .arguments import prompt_format
 
     form = prompt_format(args, tokenizer, args.model)
@@ -195,7 +195,7 @@ def _transformers_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampl
     import torch
     import transformers
 
-    from ..sampling import sample_prompts
+    from ..evaluation.sampling import sample_prompts
 
     model = transformers.AutoModelForCausalLM.from_pretrained(  # an adapter's base model is found and loaded too
         args.model,
@@ -214,7 +214,7 @@ def _transformers_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampl
 
 
 def _vllm_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
-    from ..sampling import sample_prompts_with_vllm, vllm_lora_rank
+    from ..evaluation.sampling import sample_prompts_with_vllm, vllm_lora_rank
 
     try:
         from vllm import LLM
@@ -254,8 +254,8 @@ def _sample_missing(
     """Sample and score block by block; each is saved before the next begins, and appended to `records`."""
     from tqdm.auto import tqdm
 
-    from ..evaluation_records import score_block
-    from ..sampling import encode_prompt
+    from ..evaluation.records import score_block
+    from ..evaluation.sampling import encode_prompt
 
     with tqdm(total=len(rows), initial=len(records), desc="Evaluating", unit="prompt") as bar:
         for start in range(len(records), len(rows), block):
@@ -272,8 +272,8 @@ def _sample_missing(
 
 def _write_results(args: argparse.Namespace, settings: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
     from ..atomic import write_atomically
-    from ..evaluation_records import summarise_records
-    from ..plots import plot_pass_at_k, save_figure
+    from ..evaluation.records import summarise_records
+    from ..reports.plots import plot_pass_at_k, save_figure
 
     metrics = summarise_records(records, args.n)
     folder = Path(args.output_dir)

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
 
 
 def _runs(args: argparse.Namespace, run_dirs: list[str]) -> Path:
-    from ..plots import plot_comparison, plot_run, read_log, save_figure
+    from ..reports.plots import plot_comparison, plot_run, read_log, save_figure
 
     for word in run_dirs:
         if word.startswith("-"):
@@ -63,7 +63,7 @@ def _runs(args: argparse.Namespace, run_dirs: list[str]) -> Path:
 
 
 def _preview(args: argparse.Namespace, argv: list[str]) -> Path:
-    from ..plots import plot_schedule, save_figure
+    from ..reports.plots import plot_schedule, save_figure
     from .arguments import parse
 
     if args.initial_entropy is not None and not args.initial_entropy > 0:

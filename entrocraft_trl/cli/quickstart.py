@@ -46,8 +46,8 @@ def run(output_dir: Path, max_steps: int, seed: int) -> dict[str, Any]:
     from trl import GRPOConfig, GRPOTrainer
 
     from .. import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from ..comparison import evaluate_start, expression_arguments, expression_task, train_and_evaluate
-    from ..plots import plot_comparison, save_figure
+    from ..compare.run import evaluate_start, expression_arguments, expression_task, train_and_evaluate
+    from ..reports.plots import plot_comparison, save_figure
 
     transformers.logging.set_verbosity_error()
     start = time.perf_counter()
@@ -87,14 +87,14 @@ def run(output_dir: Path, max_steps: int, seed: int) -> dict[str, Any]:
 
 def curve(log: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Entropy in nats and mean reward at each step."""
-    from ..comparison import measured_entropies
+    from ..compare.run import measured_entropies
 
     return {"entropy": measured_entropies(log), "reward": [record["reward"] for record in log]}
 
 
 def row(name: str, evaluation: dict[str, float], logs: dict[str, list], seconds: dict[str, float]) -> dict[str, Any]:
     """One line of the table. `final_entropy` is the mean of the last 10 readings in nats, before that of the start."""
-    from ..comparison import measured_entropies
+    from ..compare.run import measured_entropies
 
     figures = {
         "policy": name,

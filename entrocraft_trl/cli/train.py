@@ -37,7 +37,7 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool 
     Raises:
         `ValueError`: if there is no checkpoint, or the one that is named is not complete.
     """
-    from ..checkpoint import list_checkpoints, why_incomplete
+    from ..checkpoints.manifest import list_checkpoints, why_incomplete
 
     text = str(value or "").strip()
     if text.lower() in ("", "false", "none"):
@@ -65,7 +65,7 @@ def fetch_from_hub(args: EntrocraftGRPOConfig, dry_run: bool) -> None:
     args.resume_from_checkpoint = "auto"
     if dry_run:
         return
-    from ..hub import fetch_newest_checkpoint
+    from ..checkpoints.hub import fetch_newest_checkpoint
 
     with args.main_process_first():  # one download a node; the others then find it complete
         fetch_newest_checkpoint(args.hub_model_id, args.output_dir, args.hub_token, args.hub_revision)
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         resume = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
         inputs = _trainer_inputs(script_args, training_args, model_args, mixture_args)
     if script_args.dry_run:
-        from ..memory_report import describe_memory
+        from ..reports.memory_report import describe_memory
 
         if is_main_process():
             print(describe(inputs, training_args))
@@ -105,8 +105,8 @@ def _trainer_inputs(
     """The trainer's arguments, all checked, and the model still only a name."""
     from trl import get_peft_config, get_quantization_config
 
-    from ..rewards import check_reward_columns, load_reward
-    from ..training_rows import check_training_rows
+    from ..data.rewards import check_reward_columns, load_reward
+    from ..data.rows import check_training_rows
 
     rewards: list[Any] = [load_reward(name) for name in script_args.reward_funcs or []]
     if script_args.reward_model_name_or_path:
@@ -162,8 +162,8 @@ def _data(script_args, training_args, model_args, mixture_args):
     """Training and evaluation rows, checked, with the columns that TRL reads."""
     from trl import get_dataset
 
-    from ..data import drop_long_prompts, load_rows, prepare_rows
-    from ..sampling import encode_prompt
+    from ..data.loading import drop_long_prompts, load_rows, prepare_rows
+    from ..evaluation.sampling import encode_prompt
 
     if not script_args.dataset_name and not mixture_args.datasets:
         raise ValueError("no data: name a data set with --dataset_name (Hub name, local file or folder)")
@@ -210,7 +210,7 @@ def _load_tokenizer(training_args, model_args):
 
 def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
     """The plan of a run, for people: model, data, rewards, batches, and the band at its start, middle and end."""
-    from ..rewards import reward_name
+    from ..data.rewards import reward_name
 
     rows: Dataset | IterableDataset = inputs["train_dataset"]
     first = next(iter(rows))

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from entrocraft_trl.checkpoint import list_checkpoints  # noqa: E402
+from entrocraft_trl.checkpoints.manifest import list_checkpoints  # noqa: E402
 
 
 RANK = int(os.environ["RANK"])
@@ -94,7 +94,7 @@ def copy(name) -> None:
     on_main(lambda: shutil.copytree(folder / "whole" / "checkpoint-3", folder / name / "checkpoint-3"))
 
 
-logging.getLogger("entrocraft_trl.resume").addHandler(Keep())
+logging.getLogger("entrocraft_trl.checkpoints.resume").addHandler(Keep())
 outcomes = {"whole": train("whole"), "resumed": train("resumed", "whole/checkpoint-3")}
 differences = {"resumed": difference("resumed")}
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from launching import ENVIRONMENT, ROOT, _kill_tree, launch_line
 
-from entrocraft_trl.checkpoint import list_checkpoints
+from entrocraft_trl.checkpoints.manifest import list_checkpoints
 
 
 # The signal comes in step 3, whatever the machine's speed: generation waits there until it is told to go on.

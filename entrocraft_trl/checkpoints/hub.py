@@ -1,0 +1,213 @@
+"""The Hub during a run: uploads that neither stop training nor fail in silence, and checkpoints to resume from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from concurrent import futures
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_session, hf_hub_download, snapshot_download, upload_folder
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .manifest import checkpoint_folder, set_aside, why_incomplete
+
+
+logger = logging.get_logger(__name__)
+
+LAST_CHECKPOINT = "last-checkpoint"  # folder in the repository, with hub_strategy="checkpoint"
+# transformers leaves these out of the model's own upload; a name with "_" in front is never pushed.
+NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
+DOWNLOAD_FOLDER = "_from_hub"
+
+
+class HubUploadMixin:
+    """
+    For trainers with `push_to_hub=True`: put it before the trainer among the bases.
+
+    transformers uploads checkpoints in a background thread and never looks at how that ended; huggingface_hub sends
+    its requests without a time limit, and one that is never answered blocks all later uploads and the end of the
+    training. With this mixin a failed upload is a warning, a silent server is a failed upload, and waiting is bounded.
+    Only the first contact, in the trainer's constructor, raises: nothing is lost yet, and a wrong token shows at once.
+    """
+
+    # Seconds without a byte after which a request counts as failed. A large commit may keep the Hub busy for a while.
+    hub_silence_limit = 60.0
+    # Seconds that the run waits for the Hub, in all, when it has nothing else left to do.
+    hub_patience = 900.0
+    hub_retry_pause = 20.0
+    _hub_waited = 0.0
+
+    def init_hf_repo(self, *args, **kwargs):
+        self._limit_silence()
+        return super().init_hf_repo(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self._limit_silence()
+        before, running = self._all_jobs(), self._upload_jobs()
+        super()._push_from_checkpoint(checkpoint_folder)
+        new = [job for job in self._all_jobs() if job not in before]
+        for job in new:  # one that has failed already is told at once
+            job.add_done_callback(self._warn_if_failed)
+        if running and not new:
+            logger.warning(
+                f"The checkpoint of step {self.state.global_step} was not pushed to {self.hub_model_id}, because an "
+                "earlier upload is still running. It is complete on the local disk."
+            )
+
+    def _finish_current_push(self):
+        # The parent's waits without a limit.
+        if self.is_world_process_zero() and not self._wait(self._upload_jobs()):
+            logger.warning(f"An upload to {self.hub_model_id} is still running. {self._how_to_push()}")
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        """
+        The parent's `push_to_hub`, with a limit to its time and without exceptions from the Hub once the repository
+        exists. A failed upload is tried again until `hub_patience` seconds have passed.
+
+        Returns:
+            `CommitInfo`; with `blocking=False` a `Future` of it; `None` if the upload failed or goes on in the
+            background, which was then logged, and on all processes but the main one.
+        """
+        self._limit_silence()
+        job = super().push_to_hub(commit_message, blocking=False, token=token, revision=revision, **kwargs)
+        if job is None:
+            return None
+        if not blocking:
+            job.add_done_callback(self._warn_if_failed)
+            return job
+        while True:
+            if not self._wait([job]):
+                logger.error(f"The upload to {self.hub_model_id} is still running. {self._how_to_push()}")
+                return None
+            error = job.exception()
+            if error is None:
+                self._hub_waited = 0.0
+                return job.result()
+            if _is_final(error) or self._hub_waited >= self.hub_patience:
+                logger.error(f"The upload to {self.hub_model_id} failed: {_short(error)}. {self._how_to_push()}")
+                return None
+            logger.warning(
+                f"The upload to {self.hub_model_id} failed: {_short(error)}. Trying again in "
+                f"{self.hub_retry_pause:.0f} s."
+            )
+            time.sleep(self.hub_retry_pause)
+            self._hub_waited += self.hub_retry_pause
+            self._limit_silence()
+            # The model is on disk. The parent would save it again, together with ranks that have long moved on.
+            job = upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=self.args.output_dir,
+                commit_message=commit_message,
+                token=token if token is not None else self.args.hub_token,
+                revision=revision if revision is not None else self.args.hub_revision,
+                ignore_patterns=list(NOT_PUSHED),
+                run_as_future=True,
+            )
+
+    def _all_jobs(self) -> list[futures.Future]:
+        push = getattr(self, "push_in_progress", None)  # the main process has it, after the first contact
+        return [] if push is None else list(push.jobs)
+
+    def _upload_jobs(self) -> list[futures.Future]:
+        """Uploads of checkpoints that are still running."""
+        return [job for job in self._all_jobs() if not job.done()]
+
+    def _wait(self, jobs: list[futures.Future]) -> bool:
+        """Whether all jobs ended within what is left of the patience, which waiting uses up."""
+        start = time.monotonic()
+        pending = futures.wait(jobs, timeout=max(self.hub_patience - self._hub_waited, 0.0)).not_done
+        self._hub_waited += time.monotonic() - start
+        return not pending
+
+    def _limit_silence(self) -> None:
+        # Set anew before each upload: huggingface_hub makes a new session, without a limit, after a failed connection.
+        session = get_session()
+        if session.timeout.read is None:
+            session.timeout = self.hub_silence_limit
+
+    def _warn_if_failed(self, job: futures.Future) -> None:
+        if not job.cancelled() and (error := job.exception()) is not None:
+            logger.warning(
+                f"An upload to {self.hub_model_id} failed: {_short(error)}. Training goes on, checkpoints are on the "
+                "local disk, and the next save pushes again."
+            )
+
+    def _how_to_push(self) -> str:
+        folder = self.args.output_dir
+        return (
+            f'The model is saved in {folder!r}; push it later with: hf upload {self.hub_model_id} "{folder}" . '
+            f'--exclude "{PREFIX_CHECKPOINT_DIR}-*"'
+        )
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether trying again is no use: not the Hub is at fault but the request (4xx but 408 and 429, a wrong value)."""
+    cause = error
+    while cause is not None:  # the upload of one large file wraps what went wrong
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            return 400 <= status < 500 and status not in (408, 429)
+        if isinstance(cause, (ValueError, TypeError)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _short(error: BaseException) -> str:
+    """Type and first line: the Hub's errors go on with request ids and advice."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
+
+
+def fetch_newest_checkpoint(
+    repo_id: str, output_dir: str, token: str | None = None, revision: str | None = None
+) -> str | None:
+    """
+    Bring the newest checkpoint of a repository to `output_dir/checkpoint-N`, where a run keeps its own.
+
+    The repository was written with `hub_strategy="checkpoint"` or `"all_checkpoints"`. The folder does not keep its
+    name there: what lies in `output_dir/last-checkpoint` is part of every later upload of the model, which would bring
+    the old checkpoint back over the new one.
+
+    Returns:
+        `str` or `None`: Folder for `resume_from_checkpoint`; `None` if there is no such repository, or no complete
+        checkpoint in it. A complete `output_dir/checkpoint-N` is not downloaded again.
+
+    Raises:
+        HfHubHTTPError, OSError: If the Hub cannot be reached or refuses.
+    """
+    access = {"token": token, "revision": revision}
+    try:
+        names = HfApi().list_repo_files(repo_id, **access)
+    except RepositoryNotFoundError:
+        return None
+    steps = {}
+    for folder in (name.removesuffix(f"/{TRAINER_STATE_NAME}") for name in names if name.endswith(TRAINER_STATE_NAME)):
+        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder):
+            steps[folder] = int(match[1])
+        elif folder == LAST_CHECKPOINT:
+            steps[folder] = _step_of(hf_hub_download(repo_id, f"{folder}/{TRAINER_STATE_NAME}", **access))
+    for folder in sorted(steps, key=steps.get, reverse=True):
+        target = checkpoint_folder(Path(output_dir), steps[folder])
+        if why_incomplete(target) is None:
+            return str(target)
+        download = Path(output_dir) / DOWNLOAD_FOLDER
+        snapshot_download(repo_id, allow_patterns=f"{folder}/*", local_dir=download, **access)
+        if reason := why_incomplete(download / folder):
+            logger.warning(f"{folder} of {repo_id} is not complete ({reason}) and is left out.")
+            continue
+        if target.exists():
+            set_aside(target)
+        (download / folder).rename(target)
+        shutil.rmtree(download)
+        return str(target)
+    return None
+
+
+def _step_of(state_file: str) -> int:
+    return int(json.loads(Path(state_file).read_text(encoding="utf-8"))["global_step"])

@@ -1,0 +1,133 @@
+"""Figures from log records: curves, labels, bands, and that a file written is a picture."""
+
+import io
+import json
+
+import pytest
+
+from entrocraft_trl.reports.plots import (
+    plot_comparison,
+    plot_pass_at_k,
+    plot_run,
+    plot_schedule,
+    read_log,
+    save_figure,
+    series,
+)
+
+
+def records(steps: int = 10, band: bool = True) -> list[dict]:
+    log = []
+    for step in range(1, steps + 1):
+        record = {"step": step, "entropy": 1.0 / step, "reward": 0.1 * step}
+        if band:
+            record |= {
+                "entrocraft/entropy": 2.0 / step,
+                "entrocraft/entropy_low": 0.2,
+                "entrocraft/entropy_high": 0.4,
+                "entrocraft/accepted_rollouts": 0.5,
+            }
+        log.append(record)
+    return [*log, {"step": steps, "train_runtime": 1.0}]  # the record that transformers adds at the end
+
+
+def test_run_shows_its_entropy_in_its_band_its_reward_and_its_accepted_share():
+    entropy, reward, accepted = plot_run(records(), "a run").axes
+    assert entropy.lines[0].get_ydata()[0] == 2.0  # Entrocraft's own measurement, not TRL's
+    (band,) = entropy.collections
+    assert set(band.get_paths()[0].vertices[:, 1]) == {0.2, 0.4}
+    assert accepted.lines[0].get_ydata()[0] == 50.0
+    assert reward.lines[0].get_ydata()[-1] == pytest.approx(1.0)
+
+
+def test_plain_run_has_no_band():
+    assert not plot_run(records(band=False)).axes[0].collections
+
+
+@pytest.mark.parametrize("steps", [1, 2, 300])
+def test_pictures_of_short_and_long_runs(tmp_path, steps):
+    path = save_figure(plot_run(records(steps)), tmp_path / "new" / "run.png")
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert path.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a", b"\x89PNG")])
+def test_a_figure_is_where_it_is_said_to_be_in_the_format_of_its_suffix(tmp_path, name, start):
+    path = save_figure(plot_run(records()), tmp_path / name)
+    assert path == tmp_path / name and path.read_bytes().startswith(start)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_comparison_shades_a_shared_band_once():
+    figure = plot_comparison({"GRPO": records(band=False), "A": records(), "B": records()})
+    assert len(figure.axes[0].lines) == 3
+    assert len(figure.axes[0].collections) == 1
+    figure = plot_comparison({"A": records(), "B": records(5)})
+    assert len(figure.axes[0].collections) == 2
+
+
+def test_schedule_in_steps_or_percent():
+    figure = plot_schedule([(0.0, 0.6, 0.7), (1.0, 0.1, 0.2)], total_steps=400)
+    (axis,) = figure.axes
+    assert axis.get_xlabel() == "Optimizer step"
+    assert list(axis.lines[0].get_xdata()) == [0.0, 400.0]
+    assert "%" in plot_schedule([(0.0, 0.6, 0.7)]).axes[0].get_xlabel()
+
+
+def test_series_takes_the_first_key_that_is_there():
+    assert series(records(2), "nothing", "reward") == ([1, 2], [0.1, 0.2])
+    assert series(records(2), "nothing") == ([], [])
+
+
+def test_read_log_takes_the_state_that_got_furthest(tmp_path):
+    for folder, step in (("checkpoint-9", 9), ("checkpoint-10", 10), (".", 4)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        state = {"global_step": step, "log_history": [{"step": step, "entropy": 1.0}]}
+        (tmp_path / folder / "trainer_state.json").write_text(json.dumps(state))
+    assert read_log(tmp_path)[0]["step"] == 10
+    assert read_log(tmp_path / "checkpoint-9")[0]["step"] == 9
+    assert read_log(tmp_path / "trainer_state.json")[0]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("$x_$", "$x_$"),  # no formula: as one, it raises when the figure is drawn
+        ("cost $5_a$", "cost $5_a$"),  # and this one would be drawn as another text
+        ("_hidden", " _hidden"),  # matplotlib would leave it out
+        ("a\x1b[31m\tb", "a\\x1b[31m\\tb"),
+        ("gpt\\frac^2_%&#{~}", "gpt\\frac^2_%&#{~}"),
+    ],
+)
+@pytest.mark.filterwarnings("error")  # matplotlib warns of glyphs that it does not have, control characters among them
+def test_names_are_drawn_as_they_are(name, shown):
+    for figure in (
+        plot_comparison({name: records(), "other": records()}, f"two\n{name}"),
+        plot_pass_at_k({name: {1: 0.5, 2: 0.6}, "other": {1: 0.2}}, f"two\n{name}"),
+    ):
+        figure.savefig(io.BytesIO(), format="png")
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts() if text.get_text() != "band"] == [shown, "other"]
+        assert legend.get_title().get_text() == f"two\n{shown.strip()}"
+        assert not any(text.get_parse_math() for text in (*legend.get_texts(), legend.get_title()))
+    run = plot_run(records(), name)
+    run.savefig(io.BytesIO(), format="png")
+    assert run.legends[0].get_title().get_text() == shown.strip()
+
+
+def test_messages(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no trainer_state.json in"):
+        read_log(tmp_path)
+    state = tmp_path / "trainer_state.json"
+    state.write_text("{")
+    with pytest.raises(ValueError, match="is not a trainer's state: JSONDecodeError"):
+        read_log(tmp_path)
+    state.write_text(json.dumps({"global_step": 0, "log_history": []}))
+    with pytest.raises(ValueError, match="has logged nothing yet"):
+        read_log(tmp_path)
+    with pytest.raises(ValueError, match="no entropy"):
+        plot_run([{"step": 1, "reward": 0.0}])
+    with pytest.raises(ValueError, match="log of 'x' holds no entropy"):
+        plot_comparison({"x": []})
+    with pytest.raises(ValueError, match="no run to compare"):
+        plot_comparison({})
