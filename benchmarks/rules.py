@@ -159,13 +159,14 @@ def mean_entropy(logps: torch.Tensor, mask: torch.Tensor) -> float:
 def margins(logps: torch.Tensor, rollouts: Rollouts) -> torch.Tensor:
     """Sum of S - N over each rollout's tokens, `(B,)`, N exact, by the functions that the trainer uses."""
     from entrocraft_trl.control import rejection
+    from entrocraft_trl.policy.tokens import expected_entropy_term, sampled_entropy_term
 
     half = (2 * logps).log_softmax(dim=-1)
     tokens = rollouts.ids[:, -logps.size(1) :].unsqueeze(-1)
     sampled, half_sampled = (log.gather(-1, tokens).squeeze(-1) for log in (logps, half))
     entropies, half_entropies = (-(log.exp() * log).sum(dim=-1) for log in (logps, half))
-    terms = rejection.sampled_entropy_term(sampled, entropies)
-    expected = rejection.expected_entropy_term(sampled, entropies, half_sampled, half_entropies)
+    terms = sampled_entropy_term(sampled, entropies)
+    expected = expected_entropy_term(sampled, entropies, half_sampled, half_entropies)
     return rejection.entropy_change_scores(torch.ones_like(rollouts.advantages), terms, expected, rollouts.mask)
 
 

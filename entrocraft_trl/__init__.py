@@ -44,6 +44,7 @@ _MODULE_OF = {
     "EntrocraftGRPOConfig": "config",
     "EntrocraftRLOOConfig": "config",
     "EntropyControlMixin": "control.mixin",
+    "Services": "services",
     "EntropyCurveCallback": "reports.live",
     "EntrocraftGRPOTrainer": "trainer",
     "EntrocraftRLOOTrainer": "trainer",
@@ -61,6 +62,7 @@ __all__ = [
     "EntrocraftRLOOTrainer",
     "EntropyControlMixin",
     "EntropyCurveCallback",
+    "Services",
     "band_at",
     "evaluate_policy",
     "pass_at_k",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from .control.schedule import Band, band_at
     from .evaluation.accuracy import evaluate_policy, pass_at_k
     from .reports.live import EntropyCurveCallback
+    from .services import Services
     from .trainer import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
 
 

@@ -1,15 +1,16 @@
-"""TRL's trainers with entropy control."""
+"""TRL's trainers with entropy control and the services."""
 
 from trl import GRPOTrainer, RLOOTrainer
 
 from .config import EntrocraftGRPOConfig, EntrocraftRLOOConfig
 from .control.mixin import EntropyControlMixin
+from .services import Services
 
 
-class EntrocraftGRPOTrainer(EntropyControlMixin, GRPOTrainer):
+class EntrocraftGRPOTrainer(EntropyControlMixin, Services, GRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] whose policy entropy follows a band (Entrocraft, arXiv 2604.26326). See
-    [`EntropyControlMixin`] for the only differences.
+    [`~trl.GRPOTrainer`] whose policy entropy follows a band (Entrocraft, arXiv 2604.26326). What is different stands
+    in [`EntropyControlMixin`] (the method) and [`Services`] (checkpoints, Hub, card, checks).
 
     Example:
 
@@ -30,9 +31,9 @@ class EntrocraftGRPOTrainer(EntropyControlMixin, GRPOTrainer):
     _config_class = EntrocraftGRPOConfig
 
 
-class EntrocraftRLOOTrainer(EntropyControlMixin, RLOOTrainer):
+class EntrocraftRLOOTrainer(EntropyControlMixin, Services, RLOOTrainer):
     """
-    [`~trl.RLOOTrainer`] whose policy entropy follows a band. See [`EntropyControlMixin`] for the only differences.
+    [`~trl.RLOOTrainer`] whose policy entropy follows a band: as [`EntrocraftGRPOTrainer`].
     """
 
     _tag_names = ["trl", "rloo", "entrocraft"]

@@ -7,8 +7,11 @@ import torch
 from .state import ControlMemory
 
 
-class Totals(NamedTuple):
-    """Sums over rollouts, to be added up over ranks. Margins are sums of S - N over a rollout's tokens (nats)."""
+class Counts(NamedTuple):
+    """
+    Sums over rollouts, to be added up over ranks. Margins are sums of S - N over a rollout's tokens (nats), and NaN
+    where they were not measured.
+    """
 
     rows: float
     kept_rows: float
@@ -27,7 +30,7 @@ def count_batch(
     keep: torch.Tensor, advantages: torch.Tensor, tokens: torch.Tensor, margins: torch.Tensor | None
 ) -> torch.Tensor:
     """
-    This rank's [`Totals`] as one tensor, so that one reduction carries them all.
+    This rank's [`Counts`] as one tensor, so that one reduction carries them all.
 
     Args:
         keep (`torch.Tensor` of shape `(B,)`): Boolean keep mask.
@@ -36,9 +39,10 @@ def count_batch(
         margins (`torch.Tensor` of shape `(B,)`, *optional*): Sum of S - N of each rollout; positive if confident.
     """
     positive, negative = advantages > 0, advantages < 0
-    margins = torch.zeros_like(tokens) if margins is None else margins.float()
+    unmeasured = margins is None
+    margins = torch.full_like(tokens, torch.nan, dtype=torch.float32) if unmeasured else margins.float()
     # For a rollout with an advantage, c_i and A_i have one sign exactly when its margin is positive.
-    agreeing = (margins > 0) & (positive | negative)
+    agreeing = ((margins > 0) & (positive | negative)).float().sum()
     return torch.stack(
         [
             torch.ones_like(tokens).sum(),
@@ -51,26 +55,23 @@ def count_batch(
             negative.float().sum(),
             (margins * positive).sum(),
             (margins * negative).sum(),
-            agreeing.float().sum(),
+            agreeing + torch.nan if unmeasured else agreeing,
         ]
     )
 
 
-def rejection_metrics(totals: Totals, has_margins: bool) -> dict[str, float]:
+def rejection_metrics(counts: Counts) -> dict[str, float]:
     """Metrics of one step. NaN where a share has no members (TRL leaves NaN out of its averages)."""
     metrics = {
-        "accepted_rollouts": totals.kept_rows / totals.rows,
-        "accepted_tokens": _share(totals.kept_tokens, totals.tokens),
-        "effective_batch_size": totals.kept_rows,
-        "rejected_positive": totals.rejected_positive,
-        "rejected_negative": totals.rejected_negative,
+        "accepted_rollouts": counts.kept_rows / counts.rows,
+        "accepted_tokens": _share(counts.kept_tokens, counts.tokens),
+        "effective_batch_size": counts.kept_rows,
+        "rejected_positive": counts.rejected_positive,
+        "rejected_negative": counts.rejected_negative,
+        "rules_agree": _share(counts.agreeing, counts.positive + counts.negative),
+        "margin_positive": _share(counts.margin_positive, counts.positive),
+        "margin_negative": _share(counts.margin_negative, counts.negative),
     }
-    if has_margins:
-        metrics |= {
-            "rules_agree": _share(totals.agreeing, totals.positive + totals.negative),
-            "margin_positive": _share(totals.margin_positive, totals.positive),
-            "margin_negative": _share(totals.margin_negative, totals.negative),
-        }
     return {name: value for name, value in metrics.items() if value == value}
 
 

@@ -1,19 +1,10 @@
 """
 Which rollouts a training step accepts. Pure functions on tensors and floats.
 
-Algorithm 1 of Entrocraft (arXiv 2604.26326) is `band_direction` followed by `accept_by_advantage_sign`.
+Algorithm 1 of Entrocraft (arXiv 2604.26326) is `schedule.Band.direction` followed by `accept_by_advantage_sign`.
 """
 
 import torch
-
-
-def band_direction(entropy: float, low: float, high: float) -> int:
-    """
-    Direction `m = 1[H > h_high] - 1[H < h_low]` (Algorithm 1): -1 entropy is too low, 0 inside the band, +1 too high.
-
-    All three arguments are in the same unit (nats).
-    """
-    return int(entropy > high) - int(entropy < low)
 
 
 def accept_by_advantage_sign(advantages: torch.Tensor, direction: int) -> torch.Tensor:
@@ -28,70 +19,6 @@ def accept_by_advantage_sign(advantages: torch.Tensor, direction: int) -> torch.
         `torch.Tensor` of shape `(B,)`: Boolean keep mask.
     """
     return direction * advantages >= 0
-
-
-def distance_outside(entropy: float, low: float, high: float) -> float:
-    """Distance of `entropy` from the band, 0 inside it. Same unit as the arguments (nats)."""
-    return max(low - entropy, entropy - high, 0.0)
-
-
-def unit_rewards(rewards: torch.Tensor, coding: str) -> torch.Tensor:
-    """
-    Rewards as +1 (right) and -1 (wrong), which replace the advantages out of band in the official code.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(B,)`): Weighted sum of the reward functions; NaN marks an unscored rollout.
-        coding (`str`): `"plus_minus_one"`: they must be +1/-1 already; `"zero_one"`: 0 is read as -1.
-
-    Returns:
-        `torch.Tensor` of shape `(B,)`: +1, -1, or 0 for an unscored rollout.
-
-    Raises:
-        ValueError: If a reward is none of the two values that `coding` allows.
-    """
-    scored = ~torch.isnan(rewards)
-    wrong = 0.0 if coding == "zero_one" else -1.0
-    foreign = rewards[scored & (rewards != 1.0) & (rewards != wrong)]
-    if foreign.numel():
-        raise ValueError(
-            f"out_of_band_advantages='reward' with reward_coding={coding!r} needs rewards of exactly 1 or {wrong:g}, "
-            f"got {foreign[0].item():g}. Use reward_coding='zero_one' for 0/1 rewards, one reward function with "
-            "weight 1, or out_of_band_advantages='estimator'."
-        )
-    signs = torch.where(rewards == 1.0, 1.0, -1.0).to(rewards.dtype)
-    return torch.where(scored, signs, torch.zeros_like(signs))
-
-
-def sampled_entropy_term(logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
-    """
-    `S = p (log p + H)` of each sampled token, `(B, T)`. Large for confident tokens, negative for unlikely ones.
-
-    Under a softmax whose logits follow the policy gradient, one token changes its distribution's entropy by
-    `-eta * A * (S - N)` at first order (arXiv 2602.03392), where N is the policy's own mean of S.
-
-    Args:
-        logps (`torch.Tensor` of shape `(B, T)`): Log-probs of the sampled tokens.
-        entropies (`torch.Tensor` of shape `(B, T)`): Token entropies in nats.
-    """
-    return logps.exp() * (logps + entropies)
-
-
-def expected_entropy_term(
-    logps: torch.Tensor, entropies: torch.Tensor, half_logps: torch.Tensor, half_entropies: torch.Tensor
-) -> torch.Tensor:
-    """
-    `N = sum_v p_v^2 (log p_v + H)` of each token, exact, from two temperatures and without any logits.
-
-    At half the temperature the distribution is `q = p^2 / Z` with `Z = sum_v p_v^2`. So `log Z = 2 log p_k - log q_k`
-    for any token k, and q's entropy `H_q = log Z - 2 sum_v q_v log p_v` yields the second moment:
-    `N = Z (H + (log Z - H_q) / 2)`.
-
-    Args:
-        logps, entropies (`torch.Tensor` of shape `(B, T)`): At the sampling temperature, as in `sampled_entropy_term`.
-        half_logps, half_entropies (`torch.Tensor` of shape `(B, T)`): The same tokens at half that temperature.
-    """
-    log_z = 2 * logps - half_logps
-    return log_z.exp() * (entropies + (log_z - half_entropies) / 2)
 
 
 def entropy_change_scores(

@@ -15,6 +15,18 @@ class Band(NamedTuple):
     low: float
     high: float
 
+    def direction(self, entropy: float) -> int:
+        """`m = 1[H > h_high] - 1[H < h_low]` (Algorithm 1): -1 entropy is too low, 0 inside the band, +1 too high."""
+        return int(entropy > self.high) - int(entropy < self.low)
+
+    def distance(self, entropy: float) -> float:
+        """Distance of `entropy` from the band, 0 inside it."""
+        return max(self.low - entropy, entropy - self.high, 0.0)
+
+    def scaled(self, unit: float) -> "Band":
+        """The band in nats, if its edges are multiples of `unit` nats."""
+        return Band(self.low * unit, self.high * unit)
+
 
 class Knot(NamedTuple):
     """A point of a band given by knots: `progress` in [0, 1] and the band's `low` and `high` there."""

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from ..policy.entropy import eval_mode
+from ..policy.modes import eval_mode
 
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ class ModelCardMixin:
         section = "\n".join(
             [
                 "\n## Entropy control\n",
-                *describe_control(self.args, own_band=self._entropy_band != self.args.band_at),
+                *describe_control(self.args, own_band=self._band_in_unit != self.args.band_at),
                 "",
                 *band_table(self),
                 "",
@@ -115,7 +115,7 @@ def describe_control(args, own_band: bool = False) -> list[str]:
 def band_table(trainer) -> list[str]:
     """Edges of the band over the schedule; in nats once the unit is known."""
     in_nats = trainer.args.entropy_unit == "nats" or trainer.control_memory.initial_entropy is not None
-    edges = trainer.entropy_band_at if in_nats else trainer._entropy_band
+    edges = trainer.band_at if in_nats else trainer._band_in_unit
     unit = "nats" if in_nats else "times the initial entropy"
     lines = [f"| progress of the schedule | low edge ({unit}) | high edge ({unit}) |", "|---|---|---|"]
     for progress in PROGRESS:

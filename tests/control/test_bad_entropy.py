@@ -14,7 +14,7 @@ import torch
 
 from entrocraft_trl import EntrocraftGRPOTrainer
 from entrocraft_trl.control import loss_inputs
-from entrocraft_trl.policy.entropy import unreadable_counts
+from entrocraft_trl.policy.batch_entropy import unreadable_counts
 
 
 ROLLOUTS = tiny.random_rollouts(8)

@@ -16,7 +16,7 @@ def totals_of(keep, advantages, tokens, margins):
         torch.tensor(tokens),
         None if margins is None else torch.tensor(margins),
     )
-    return diagnosis.Totals(*counts.tolist())
+    return diagnosis.Counts(*counts.tolist())
 
 
 def test_totals_and_metrics_of_a_hand_made_batch():
@@ -26,7 +26,7 @@ def test_totals_and_metrics_of_a_hand_made_batch():
         tokens=[4, 3, 2, 1, 6],
         margins=[0.5, -0.25, 1.0, -2.0, 7.0],  # the last rollout has no advantage: it must not count
     )
-    metrics = diagnosis.rejection_metrics(totals, has_margins=True)
+    metrics = diagnosis.rejection_metrics(totals)
     assert metrics == {
         "accepted_rollouts": 3 / 5,
         "accepted_tokens": 11 / 16,
@@ -48,13 +48,13 @@ def test_totals_add_up_over_ranks():
 
 
 def test_shares_without_members_are_left_out():
-    metrics = diagnosis.rejection_metrics(totals_of([True], [0.0], [0], [0.0]), has_margins=True)
+    metrics = diagnosis.rejection_metrics(totals_of([True], [0.0], [0], [0.0]))
     assert "rules_agree" not in metrics and "accepted_tokens" not in metrics
     assert all(math.isfinite(value) for value in metrics.values())
 
 
 def test_margins_are_not_reported_when_they_were_not_measured():
-    assert "rules_agree" not in diagnosis.rejection_metrics(totals_of([True], [1.0], [2], None), has_margins=False)
+    assert "rules_agree" not in diagnosis.rejection_metrics(totals_of([True], [1.0], [2], None))
 
 
 @pytest.mark.parametrize(("direction", "before", "after", "effect"), [(-1, 0.5, 0.6, 0.1), (1, 0.5, 0.6, -0.1)])

@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entrocraft_trl.control import loss_inputs, rejection
+from entrocraft_trl.control.advantages import unit_rewards
+from entrocraft_trl.control.schedule import Band
+from entrocraft_trl.policy.tokens import expected_entropy_term, sampled_entropy_term
 
 
 finite = st.floats(-1e6, 1e6, width=32)
@@ -26,7 +29,7 @@ strengths = st.floats(-1.0, 1.0)
 def test_algorithm_1(advantages, entropy, edges):
     low, high = sorted(edges)
     m = (1 if entropy > high else 0) - (1 if entropy < low else 0)
-    assert rejection.band_direction(entropy, low, high) == m
+    assert Band(low, high).direction(entropy) == m
     keep = rejection.accept_by_advantage_sign(torch.tensor(advantages, dtype=torch.float32), m)
     assert keep.dtype == torch.bool
     assert keep.tolist() == [m * advantage >= 0 for advantage in advantages]
@@ -37,7 +40,7 @@ def test_algorithm_1(advantages, entropy, edges):
     [(0.29, -1), (0.3, 0), (0.4, 0), (0.5, 0), (0.51, 1)],  # the edges belong to the band
 )
 def test_direction_at_the_edges(entropy, direction):
-    assert rejection.band_direction(entropy, 0.3, 0.5) == direction
+    assert Band(0.3, 0.5).direction(entropy) == direction
 
 
 @pytest.mark.parametrize("direction", [-1, 0, 1])
@@ -49,9 +52,9 @@ def test_both_zeros_are_accepted_in_every_direction(direction):
 def test_distance_outside(entropy, edges):
     low, high = sorted(edges)
     nearest = min(max(entropy, low), high)
-    distance = rejection.distance_outside(entropy, low, high)
+    distance = Band(low, high).distance(entropy)
     assert distance == pytest.approx(abs(entropy - nearest))
-    assert (distance == 0) == (rejection.band_direction(entropy, low, high) == 0)
+    assert (distance == 0) == (Band(low, high).direction(entropy) == 0)
 
 
 # ----------------------------------------------------------------------------------------- the official code's rewards
@@ -59,13 +62,13 @@ def test_distance_outside(entropy, edges):
 
 @given(signs=st.lists(st.sampled_from([1.0, -1.0, math.nan]), min_size=1, max_size=12))
 def test_unit_rewards_plus_minus_one(signs):
-    units = rejection.unit_rewards(torch.tensor(signs), "plus_minus_one").tolist()
+    units = unit_rewards(torch.tensor(signs), "plus_minus_one").tolist()
     assert units == [0.0 if math.isnan(sign) else sign for sign in signs]
 
 
 @given(rewards=st.lists(st.sampled_from([1.0, 0.0, math.nan]), min_size=1, max_size=12))
 def test_unit_rewards_zero_one(rewards):
-    units = rejection.unit_rewards(torch.tensor(rewards), "zero_one").tolist()
+    units = unit_rewards(torch.tensor(rewards), "zero_one").tolist()
     assert units == [{1.0: 1.0, 0.0: -1.0}.get(reward, 0.0) for reward in rewards]
 
 
@@ -80,7 +83,7 @@ def test_unit_rewards_zero_one(rewards):
 )
 def test_unit_rewards_refuse_foreign_values(coding, rewards, named):
     with pytest.raises(ValueError, match=named) as error:
-        rejection.unit_rewards(torch.tensor(rewards), coding)
+        unit_rewards(torch.tensor(rewards), coding)
     assert coding in str(error.value)
 
 
@@ -107,17 +110,17 @@ def test_sampled_and_expected_terms_from_two_temperatures(scale):
     half_entropy = -(half.exp() * half).sum(-1)
     picked, half_picked = logps.gather(-1, tokens).squeeze(-1), half.gather(-1, tokens).squeeze(-1)
     torch.testing.assert_close(
-        rejection.sampled_entropy_term(picked, entropy), s.gather(-1, tokens).squeeze(-1), rtol=1e-12, atol=1e-14
+        sampled_entropy_term(picked, entropy), s.gather(-1, tokens).squeeze(-1), rtol=1e-12, atol=1e-14
     )
     torch.testing.assert_close(
-        rejection.expected_entropy_term(picked, entropy, half_picked, half_entropy), n, rtol=1e-9, atol=1e-12
+        expected_entropy_term(picked, entropy, half_picked, half_entropy), n, rtol=1e-9, atol=1e-12
     )
 
 
 def test_expected_term_is_the_policys_mean_of_the_sampled_term():
     logits = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     s, n, entropy = exact_terms(logits)
-    mean = (logits.softmax(-1) * rejection.sampled_entropy_term(logits.log_softmax(-1), entropy)).sum()
+    mean = (logits.softmax(-1) * sampled_entropy_term(logits.log_softmax(-1), entropy)).sum()
     assert mean.item() == pytest.approx(n.item(), abs=1e-15)
 
 
@@ -126,7 +129,7 @@ def test_expected_term_in_float32_stays_within_rounding():
     _, n, entropy = exact_terms(logits)
     half = torch.log_softmax(logits * 2, -1)
     half_entropy = -(half.exp() * half).sum(-1)
-    estimate = rejection.expected_entropy_term(logits.log_softmax(-1)[:, 0], entropy.float(), half[:, 0], half_entropy)
+    estimate = expected_entropy_term(logits.log_softmax(-1)[:, 0], entropy.float(), half[:, 0], half_entropy)
     # The tokens are chosen blindly, so log p goes down to about -15, and log Z = 2 log p - log q loses digits there.
     torch.testing.assert_close(estimate.double(), n, rtol=1e-4, atol=1e-5)
 
@@ -291,7 +294,7 @@ def test_the_offset_stays_in_bounds_and_moves_towards_the_band(offset, entropy, 
     low, high = sorted(edges)
     new = rejection.integrate_offset(offset, entropy, low, high, cushion=0.05, gain=gain, integral_gain=integral_gain)
     assert -1.0 <= new <= 1.0
-    direction = rejection.band_direction(entropy, low, high)
+    direction = Band(low, high).direction(entropy)
     assert (new - offset) * direction <= 0
 
 

@@ -9,7 +9,7 @@ import tiny
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from entrocraft_trl import EntrocraftGRPOTrainer, EntropyControlMixin
+from entrocraft_trl import EntrocraftGRPOTrainer, EntropyControlMixin, Services
 
 
 def rename(rows, old, new):
@@ -50,7 +50,7 @@ class ChangesRows(GRPOTrainer):
 
 
 def controlled(parent):
-    class Controlled(EntropyControlMixin, parent):
+    class Controlled(EntropyControlMixin, Services, parent):
         _config_class = EntrocraftGRPOTrainer._config_class
 
     return Controlled
@@ -124,7 +124,7 @@ def test_any_constructor_gives_the_same_training(build):
 
 def test_a_band_of_ones_own_arrives(build):
     trainer = build(tiny.build_config(entropy_unit="nats"), entropy_band=lambda progress: (1.0, 2.0 + progress))
-    assert trainer.entropy_band_at(0.5) == (1.0, 2.5)
+    assert trainer.band_at(0.5) == (1.0, 2.5)
 
 
 def test_a_config_without_a_band_is_refused(build):

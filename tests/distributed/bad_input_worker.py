@@ -35,8 +35,8 @@ def fail_alone(rewards):
 class BrokenOnRankOne(EntrocraftGRPOTrainer):
     """As if the model of rank 1 returned NaN for its second rollout."""
 
-    def _run_policy_pass(self, batch):
-        result = super()._run_policy_pass(batch)
+    def read_policy(self, batch, heard):
+        result = super().read_policy(batch, heard)
         if RANK == 1:
             result.entropies[1, 0] = math.nan
         return result

@@ -53,7 +53,7 @@ MOVES = {
     # hook: what is changed, into what (None: taken away), and the message
     "import trl.trainer.utils.add_fused_lm_head": (
         *(trl.trainer.utils, "add_fused_lm_head", None),
-        "trl.trainer.utils has no add_fused_lm_head .* imported in .*half_temperature.py",
+        "trl.trainer.utils has no add_fused_lm_head .* imported in .*hidden_states.py",
     ),
     "RLOOTrainer._save_rng_state": (
         *(transformers.Trainer, "_save_rng_state", None),

@@ -1,4 +1,4 @@
-"""Groups of rollouts whose rewards are all equal. They teach nothing, whatever rounding makes of their advantages."""
+"""The advantages by which rollouts are judged: without what rounding adds, or the raw reward in their place."""
 
 import torch
 
@@ -41,3 +41,30 @@ def without_rounding(
         size = torch.full_like(size, torch.inf)
     rows = slice(first, first + len(advantages))
     return advantages.masked_fill(equal[rows] & (advantages.abs() <= ROUNDING * size[rows]), 0.0)
+
+
+def unit_rewards(rewards: torch.Tensor, coding: str) -> torch.Tensor:
+    """
+    Rewards as +1 (right) and -1 (wrong), which replace the advantages out of band in the official code.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(B,)`): Weighted sum of the reward functions; NaN marks an unscored rollout.
+        coding (`str`): `"plus_minus_one"`: they must be +1/-1 already; `"zero_one"`: 0 is read as -1.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`: +1, -1, or 0 for an unscored rollout.
+
+    Raises:
+        ValueError: If a reward is none of the two values that `coding` allows.
+    """
+    scored = ~torch.isnan(rewards)
+    wrong = 0.0 if coding == "zero_one" else -1.0
+    foreign = rewards[scored & (rewards != 1.0) & (rewards != wrong)]
+    if foreign.numel():
+        raise ValueError(
+            f"out_of_band_advantages='reward' with reward_coding={coding!r} needs rewards of exactly 1 or {wrong:g}, "
+            f"got {foreign[0].item():g}. Use reward_coding='zero_one' for 0/1 rewards, one reward function with "
+            "weight 1, or out_of_band_advantages='estimator'."
+        )
+    signs = torch.where(rewards == 1.0, 1.0, -1.0).to(rewards.dtype)
+    return torch.where(scored, signs, torch.zeros_like(signs))

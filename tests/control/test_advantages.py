@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from entrocraft_trl import EntrocraftRLOOTrainer
-from entrocraft_trl.control import groups
+from entrocraft_trl.control.advantages import without_rounding
 
 
 NAN = float("nan")
@@ -21,14 +21,14 @@ def trls_advantages(rewards, num_generations):
 def test_equal_rewards_have_no_advantage(reward):
     advantages = trls_advantages([reward] * 8, 8)
     assert advantages.abs().max() > 0, "rounding does not show with this reward"
-    cleaned = groups.without_rounding(advantages, torch.full((8, 1), reward), 0, 8)
+    cleaned = without_rounding(advantages, torch.full((8, 1), reward), 0, 8)
     assert cleaned.tolist() == [0.0] * 8
 
 
 def test_a_group_with_a_difference_keeps_its_advantages_to_the_bit():
     rewards = [0.3] * 4 + [0.3, 0.3, 0.3, 0.31]
     advantages = trls_advantages(rewards, 4)
-    cleaned = groups.without_rounding(advantages, torch.tensor(rewards).unsqueeze(1), 0, 4)
+    cleaned = without_rounding(advantages, torch.tensor(rewards).unsqueeze(1), 0, 4)
     assert cleaned[:4].tolist() == [0.0] * 4
     assert torch.equal(cleaned[4:], advantages[4:])
 
@@ -36,30 +36,30 @@ def test_a_group_with_a_difference_keeps_its_advantages_to_the_bit():
 def test_each_rank_cleans_its_own_part_of_a_group():
     rewards = torch.tensor([0.3] * 8 + [0.0, 1.0] * 4).unsqueeze(1)
     whole = trls_advantages(rewards.flatten().tolist(), 8)
-    parts = [groups.without_rounding(whole[first : first + 4], rewards, first, 8) for first in (0, 4, 8, 12)]
-    assert torch.equal(torch.cat(parts), groups.without_rounding(whole, rewards, 0, 8))
+    parts = [without_rounding(whole[first : first + 4], rewards, first, 8) for first in (0, 4, 8, 12)]
+    assert torch.equal(torch.cat(parts), without_rounding(whole, rewards, 0, 8))
     assert torch.cat(parts)[:8].abs().max() == 0 and torch.cat(parts)[8:].abs().min() > 0
 
 
 def test_an_estimator_that_sees_more_than_rewards_is_left_alone():
     advantages = torch.tensor([0.5, -0.5, 0.02, -0.02])
-    assert torch.equal(groups.without_rounding(advantages, torch.ones(4, 1), 0, 4), advantages)
+    assert torch.equal(without_rounding(advantages, torch.ones(4, 1), 0, 4), advantages)
 
 
 def test_unscored_rollouts_make_no_difference():
     rewards = torch.tensor([[0.3, NAN], [NAN, NAN], [0.3, 1.0], [0.3, 1.0]])
-    assert groups.without_rounding(torch.tensor([1e-4, 0.0, 1e-4, -1e-4]), rewards, 0, 4).tolist() == [0.0] * 4
+    assert without_rounding(torch.tensor([1e-4, 0.0, 1e-4, -1e-4]), rewards, 0, 4).tolist() == [0.0] * 4
     differing = torch.tensor([[0.3, 1.0], [0.3, 0.0]])  # one function differs
     advantages = torch.tensor([1e-3, -1e-3])
-    assert torch.equal(groups.without_rounding(advantages, differing, 0, 2), advantages)
+    assert torch.equal(without_rounding(advantages, differing, 0, 2), advantages)
 
 
 def test_rounding_that_is_scaled_over_the_batch_is_rounding_only_if_no_group_has_a_signal():
     advantages = torch.tensor([0.9, -0.7, 0.8, -1.0])
     dead = torch.full((4, 1), 0.3)
-    assert groups.without_rounding(advantages, dead, 0, 2, scaled_over_batch=True).tolist() == [0.0] * 4
+    assert without_rounding(advantages, dead, 0, 2, scaled_over_batch=True).tolist() == [0.0] * 4
     half = torch.tensor([[0.3], [0.3], [0.0], [1.0]])
-    assert torch.equal(groups.without_rounding(advantages, half, 0, 2, scaled_over_batch=True), advantages)
+    assert torch.equal(without_rounding(advantages, half, 0, 2, scaled_over_batch=True), advantages)
 
 
 # ------------------------------------------------------------------------------------------------------ in the trainer

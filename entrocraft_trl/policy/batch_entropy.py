@@ -1,0 +1,146 @@
+"""From token numbers to the entropy of a batch over all ranks, or to the reason why it cannot be read."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .tokens import TokenReading, sampled_entropy_term
+
+
+# An engine leaves out a token now and then. With more than a tenth missing, the mean is that of a selection of tokens
+# which nobody made, and with nearly all missing it would be the entropy of a handful.
+LARGEST_UNSCORED_SHARE = 0.1
+
+
+class BatchTotals(NamedTuple):
+    """Sums over the rollouts of a batch, in nats and counts, to be added up over ranks."""
+
+    entropy_sum: float  # over `entropy_count` tokens, or rollouts
+    entropy_count: float
+    sampled_sum: float  # of S, over all loss tokens
+    unreadable: float  # rollouts with a number on a loss token that is not finite
+    rollouts: float
+    tokens: float
+    unscored: float  # loss tokens without a log-prob of the rollout engine
+
+    @property
+    def entropy(self) -> float:
+        """In nats; NaN without a loss token."""
+        return self.entropy_sum / self.entropy_count if self.entropy_count else math.nan
+
+    @property
+    def mean_sampled_term(self) -> float:
+        """Mean of S over the loss tokens, which estimates the mean of N."""
+        return self.sampled_sum / self.tokens if self.tokens else 0.0
+
+    @property
+    def unscored_share(self) -> float:
+        return self.unscored / self.tokens if self.tokens else 0.0
+
+
+def policy_totals(reading: TokenReading, mask: torch.Tensor, aggregation: str) -> torch.Tensor:
+    """
+    This rank's [`BatchTotals`] from the policy's own numbers, as one tensor `(7,)`, so that one reduction carries all.
+
+    Args:
+        reading ([`TokenReading`]): Numbers of the tokens.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 on loss tokens.
+        aggregation (`str`): See `entropy_sums`.
+    """
+    sampled = sampled_entropy_term(reading.logps, reading.entropies)
+    terms = entropy_sums(sampled, mask, "token")[:1]
+    counts = unreadable_counts(reading.entropies + sampled, mask)
+    return torch.cat([entropy_sums(reading.entropies, mask, aggregation), terms, counts, torch.zeros_like(terms)])
+
+
+def sampling_totals(logps: torch.Tensor, mask: torch.Tensor, aggregation: str) -> torch.Tensor:
+    """
+    `policy_totals` of the Monte-Carlo estimate -log p from the rollout engine's log-probs `(B, T)`.
+
+    Tokens that the engine could not score (NaN) are left out, from the count too.
+    """
+    scored = mask.bool() & ~torch.isnan(logps)
+    counts = unreadable_counts(logps.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf), mask)
+    unscored = (mask.sum() - scored.sum()).float().view(1)
+    return torch.cat([entropy_sums(-logps, scored, aggregation), torch.zeros_like(unscored), counts, unscored])
+
+
+def entropy_sums(entropies: torch.Tensor, mask: torch.Tensor, aggregation: str) -> torch.Tensor:
+    """
+    Sum and count whose ratio is the batch entropy; add them up over ranks before dividing.
+
+    Args:
+        entropies (`torch.Tensor` of shape `(B, T)`): Token entropies in nats.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 on loss tokens.
+        aggregation (`str`): `"token"`: mean over tokens; `"sequence"`: mean of the rollouts' means, over the rollouts
+            that hold a loss token.
+
+    Returns:
+        `torch.Tensor` of shape `(2,)`, float32.
+    """
+    mask = mask.bool()
+    # Padding may hold NaN (an engine's unscored tokens); multiplying by a zero mask would keep it.
+    values = torch.where(mask, entropies.float(), 0.0)
+    tokens = mask.sum(dim=1)
+    if aggregation == "token":
+        return torch.stack([values.sum(), tokens.sum().float()])
+    rows = tokens > 0
+    means = values.sum(dim=1) / tokens.clamp(min=1)
+    return torch.stack([means[rows].sum(), rows.sum().float()])
+
+
+def unreadable_counts(readings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    How much of a batch cannot be read: rollouts with NaN or an infinity on a loss token, all rollouts, loss tokens.
+
+    Args:
+        readings, mask (`torch.Tensor` of shape `(B, T)`): What is read of each token, and 1 on loss tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(3,)`, float32; add them up over ranks.
+    """
+    mask = mask.bool()
+    broken = (mask & ~torch.isfinite(readings)).any(dim=1)
+    return torch.stack([broken.sum(), torch.tensor(len(mask), device=mask.device), mask.sum()]).float()
+
+
+def check_readable(totals: BatchTotals, source: str, step: int) -> None:
+    """
+    Refuse a batch whose entropy is not finite, or that of too few tokens.
+
+    Args:
+        totals ([`BatchTotals`]): Over all ranks, so that all refuse or none does.
+        source (`str`): `"policy"` or `"sampling"`.
+        step (`int`): Optimizer step, for the message.
+
+    Raises:
+        FloatingPointError: What was found in how many rollouts, and what to do.
+    """
+    nothing_read = totals.tokens and not totals.entropy_count
+    if totals.unreadable or nothing_read or totals.unscored_share > LARGEST_UNSCORED_SHARE:
+        raise FloatingPointError(_refusal(totals, source, step))
+
+
+def _refusal(totals: BatchTotals, source: str, step: int) -> str:
+    _, _, _, unreadable, rollouts, tokens, unscored = totals
+    if source == "sampling" and not unreadable and unscored < tokens:
+        return (
+            f"The rollout engine returned no log-prob (NaN) for {unscored:.0f} of {tokens:.0f} loss tokens of the "
+            f"generation batch at step {step}; entropy_source='sampling' reads from at least "
+            f"{1 - LARGEST_UNSCORED_SHARE:.0%} of them. The step was refused; mend the engine's log-probs, or use "
+            "entropy_source='policy'."
+        )
+    start = f"The policy's entropy over the generation batch at step {step} is not finite: "
+    if source == "sampling":
+        found = (
+            f"the rollout engine returned infinite log-probs in {unreadable:.0f} of {rollouts:.0f} rollouts"
+            if unreadable
+            else f"the rollout engine returned NaN as the log-prob of all {tokens:.0f} loss tokens"
+        )
+    else:
+        found = (
+            f"the model returns NaN or infinite logits in {unreadable:.0f} of {rollouts:.0f} rollouts (a vocabulary "
+            "masked with -inf counts too)"
+        )
+    return f"{start}{found}. The step was refused; lower the learning rate or resume from an earlier checkpoint."

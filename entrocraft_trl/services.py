@@ -1,0 +1,20 @@
+"""What every trainer of this package has beside its method, composed once."""
+
+from .checkpoints.hub import HubUploadMixin
+from .checkpoints.resume import ExactResumeMixin
+from .data.checked_inputs import CheckedInputsMixin
+from .evaluation.during_training import EvaluationMetricsMixin
+from .reports.model_card import ModelCardMixin
+
+
+class Services(CheckedInputsMixin, EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin, ExactResumeMixin):
+    """
+    Checked rows and rewards, mean@n and pass@k in evaluations, a model card, uploads that never stop a training, and
+    checkpoints that are resumed exactly: for trainers of TRL's, before the trainer among the bases and after a method:
+
+    ```python
+    class Mine(EntropyControlMixin, Services, MyGRPOTrainer): ...
+    ```
+
+    Knows nothing of entropy. A method gives the model card its section (`card_section`).
+    """
