@@ -113,6 +113,14 @@ def list_checkpoints(run: Path) -> dict[int, str | None]:
     return {step: why_incomplete(path) for step, path in sorted(folders, reverse=True) if path.is_dir()}
 
 
+def what_is_kept(run: Path) -> str:
+    """The sentence that ends a message on a run that failed: from where it can be resumed."""
+    complete = [step for step, reason in list_checkpoints(run).items() if reason is None]
+    if not complete:
+        return f"There is no complete checkpoint in {str(run)!r}."
+    return f"The last complete checkpoint is {str(checkpoint_folder(run, complete[0]))!r}; resume from it."
+
+
 def checkpoint_folder(run: Path, step: int) -> Path:
     return run / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 

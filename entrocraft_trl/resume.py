@@ -26,6 +26,7 @@ from .checkpoint import (
     why_incomplete,
     write_manifest,
 )
+from .finite import FiniteTrainingMixin
 from .termination import EXIT_CODE, StopOnSigterm
 
 
@@ -45,9 +46,10 @@ class AtTrainBegin(TrainerCallback):
         self.action()
 
 
-class ExactResumeMixin:
+class ExactResumeMixin(FiniteTrainingMixin):
     """
-    Makes TRL's GRPO and RLOO trainers continue a checkpoint exactly, choose a complete one, and stop on SIGTERM.
+    Makes TRL's GRPO and RLOO trainers continue a checkpoint exactly, choose a complete one, stop on SIGTERM, and save
+    nothing that is not finite.
 
     Saved and restored are each rank's place in the generation block and what is left of its rollouts, the metrics and
     the loss that were not logged yet, and the completions table.
@@ -64,6 +66,7 @@ class ExactResumeMixin:
 
         Raises:
             ValueError: If there is no complete checkpoint, the given one is not, or `enable_jit_checkpoint` is on.
+            FloatingPointError: If loss, gradient norm or parameters are NaN or infinite; on all ranks together.
             SystemExit: With code 143 if SIGTERM came: after the current optimizer step, and with its checkpoint saved.
         """
         if self.args.enable_jit_checkpoint:
@@ -75,8 +78,9 @@ class ExactResumeMixin:
             resume_from_checkpoint = self._newest_complete_checkpoint()
         elif resume_from_checkpoint:
             self._raise_together(self._incompleteness(Path(resume_from_checkpoint)))
-        stop = StopOnSigterm(self.accelerator)
+        stop = StopOnSigterm(self._agree_on_step)
         callbacks = [stop]
+        self._step_loss = 0.0  # of a step that an error interrupted
         if resume_from_checkpoint:
             callbacks.append(AtTrainBegin(lambda: self._restore(resume_from_checkpoint)))
         for callback in callbacks:
@@ -87,6 +91,7 @@ class ExactResumeMixin:
                 if stop.agreed:
                     # A launcher ends all ranks when the first one exits; the main one may still be writing.
                     self.accelerator.wait_for_everyone()
+                self._refuse_unfinite_parameters("At the end, after")
         finally:
             for callback in callbacks:
                 self.remove_callback(callback)
@@ -136,6 +141,7 @@ class ExactResumeMixin:
     # ----------------------------------------------------------------------------------------------- hooks into saving
 
     def _save_checkpoint(self, model, trial):
+        self._refuse_unfinite_parameters("Before the save of")
         if self.args.should_save:
             uncommit(checkpoint_folder(Path(self._get_output_dir(trial=trial)), self.state.global_step))
         self.accelerator.wait_for_everyone()
@@ -200,6 +206,11 @@ class ExactResumeMixin:
         except ValueError as error:
             broken = str(error)
         self._raise_together(broken)
+        if self._ranks_with_unfinite_parameters():  # an earlier version saved it, or someone else
+            raise ValueError(
+                f"cannot resume from {checkpoint!r}: a parameter in it is NaN or infinite; move this folder away to "
+                "resume from an earlier one."
+            )
         misfits = [misfit for misfit in gather_object([self._misfit(path, state)]) if misfit]
         if misfits:
             logger.warning(

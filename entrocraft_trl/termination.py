@@ -2,11 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-from accelerate import Accelerator
 from transformers import TrainerCallback
 
 
@@ -17,12 +15,12 @@ class StopOnSigterm(TrainerCallback):
     """
     After the optimizer step during which any rank received SIGTERM, all ranks save a checkpoint and stop.
 
-    One number is reduced over ranks per optimizer step: the signal may reach one rank only, or two ranks in different
-    steps, and a rank that saves alone waits for the others forever.
+    The ranks agree once per optimizer step, through `agree`: the signal may reach one rank only, or two ranks in
+    different steps, and a rank that saves alone waits for the others forever.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    def __init__(self, agree: Callable[[bool], bool]):
+        self.agree = agree
         self.received = False
         self.agreed = False
 
@@ -43,10 +41,11 @@ class StopOnSigterm(TrainerCallback):
     def _receive(self, signum, frame) -> None:
         self.received = True
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.agreed = self.agree(self.received)
+
     def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(float(self.received), device=self.accelerator.device)
-        if self.accelerator.reduce(received, reduction="sum").item() > 0:
-            self.agreed = True
+        if self.agreed:
             control.should_save = True
             control.should_training_stop = True
 

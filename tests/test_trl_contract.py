@@ -264,6 +264,8 @@ RESUME_HOOKS = {
     "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
     "evaluation_loop": None,
     "_run_epoch": None,
+    "training_step": None,
+    "_get_grad_norm": ["self", "model", "grad_norm"],
 }
 
 

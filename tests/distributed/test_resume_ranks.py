@@ -1,4 +1,4 @@
-"""Exact resume, SIGTERM to one rank, and files of one rank lost or broken: two ranks, on every backend."""
+"""Exact resume, SIGTERM to one rank, files of one rank lost or broken, NaN on one: two ranks, on every backend."""
 
 from pathlib import Path
 
@@ -57,3 +57,12 @@ def test_half_written_file_of_one_rank_makes_a_checkpoint_incomplete(ranks):
     for rank in ranks:
         assert rank["outcomes"]["half"]["log"] == rank["outcomes"]["whole"]["log"]
         assert rank["differences"]["half"] == 0.0
+
+
+def test_nan_on_one_rank_ends_both_and_is_not_saved(ranks):
+    for rank in ranks:
+        loss, weight = rank["outcomes"]["nan loss"]["ended"], rank["outcomes"]["nan weight"]["ended"]
+        assert loss.startswith("FloatingPointError: The loss of step 3 is NaN or infinite on 1 of 2 processes"), loss
+        assert weight.startswith("FloatingPointError: Before the save of step 3 a parameter is NaN"), weight
+        assert "on 1 of 2 processes" in weight
+        assert rank["saved"] == []
