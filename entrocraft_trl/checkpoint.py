@@ -23,7 +23,7 @@ MANIFEST_NAME = "entrocraft_files.json"
 RANK_FILE = "entrocraft_rank_{}.pt"
 ASIDE = "incomplete-"
 
-_FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)")  # as transformers writes it: no "checkpoint-010"
 _TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
 
@@ -36,7 +36,7 @@ def write_manifest(folder: Path) -> None:
 def uncommit(folder: Path) -> None:
     """Before a folder is written again: until that is done, it is not complete, whatever it held."""
     for name in (TRAINER_STATE_NAME, MANIFEST_NAME):
-        (folder / name).unlink(missing_ok=True)
+        _remove(folder / name)
 
 
 def why_incomplete(folder: Path) -> str | None:
@@ -45,26 +45,39 @@ def why_incomplete(folder: Path) -> str | None:
 
     Checkpoints of plain TRL have no list of files: a readable `trainer_state.json` beside weights is all they show.
     """
-    state = _read_json(folder / TRAINER_STATE_NAME)
-    if isinstance(state, str):
-        return state
-    if (reason := _why_unreadable(state)) is not None:
-        return f"{TRAINER_STATE_NAME} {reason}"
-    match = _FOLDER.fullmatch(folder.name)
-    if match and state["global_step"] != int(match[1]):
-        return f"{TRAINER_STATE_NAME} is of step {state['global_step']}"
+    step = read_step(folder / TRAINER_STATE_NAME)
+    if isinstance(step, str):
+        return step
+    named = step_of_folder(folder.name)
+    if named not in (None, step):
+        return f"{TRAINER_STATE_NAME} is of step {step}"
     if not (folder / MANIFEST_NAME).exists():
         return None if _tensor_files(folder) else "no weights are there"
     files = _read_json(folder / MANIFEST_NAME)
     if isinstance(files, str):
         return files
+    found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in found:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes instead of {size!r}"
     return None
+
+
+def step_of_folder(name: str) -> int | None:
+    """`N` of `checkpoint-N`; `None` of another name."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def read_step(path: Path) -> int | str:
+    """The optimizer step that a `trainer_state.json` is of, or why transformers could not resume from the file."""
+    state = _read_json(path)
+    if isinstance(state, str):
+        return state
+    reason = _why_unreadable(state)
+    return f"{path.name} {reason}" if reason else state["global_step"]
 
 
 def _why_unreadable(state: dict) -> str | None:
@@ -83,6 +96,10 @@ def _why_unreadable(state: dict) -> str | None:
             return f"has no field {name!r}"
         if not isinstance(state[name], kinds) or isinstance(state[name], bool):
             return f"holds {name}={state[name]!r}"
+    if state["global_step"] < 0:
+        return f"holds global_step={state['global_step']}"
+    if strange := [entry for entry in state["log_history"] if not isinstance(entry, dict)]:
+        return f"holds {strange[0]!r} in its log_history"
     return None if "TrainerControl" in state["stateful_callbacks"] else "has no 'TrainerControl' among its callbacks"
 
 
@@ -102,14 +119,16 @@ def _read_json(path: Path) -> dict | str:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except ValueError:  # not JSON, or not UTF-8
+    except OSError as error:  # a directory, a file where the folder should be, no permission
+        return f"{path.name} cannot be read: {error.strerror}"
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8; nested thousands of levels deep
         return f"{path.name} cannot be read"
     return content if isinstance(content, dict) else f"{path.name} holds no object"
 
 
 def list_checkpoints(run: Path) -> dict[int, str | None]:
     """Step of each checkpoint folder in `run`, newest first, and why it is incomplete (`None` if it is not)."""
-    folders = [(int(match[1]), path) for path in run.glob("*") if (match := _FOLDER.fullmatch(path.name))]
+    folders = [(step, path) for path in run.glob("*") if (step := step_of_folder(path.name)) is not None]
     return {step: why_incomplete(path) for step, path in sorted(folders, reverse=True) if path.is_dir()}
 
 
@@ -131,6 +150,13 @@ def set_aside(folder: Path) -> Path:
     each step: with every kill in the same place, a large model would fill the disk.
     """
     target = folder.with_name(ASIDE + folder.name)
-    if target.exists():
-        shutil.rmtree(target)
+    _remove(target)
     return folder.rename(target)
+
+
+def _remove(path: Path) -> None:
+    """A file, a folder, or a link, of which the target stays; nothing is fine too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import time
 from concurrent import futures
@@ -15,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .checkpoint import checkpoint_folder, set_aside, why_incomplete
+from .checkpoint import checkpoint_folder, read_step, set_aside, step_of_folder, why_incomplete
 
 
 logger = logging.get_logger(__name__)
@@ -188,10 +186,13 @@ def fetch_newest_checkpoint(
         return None
     steps = {}
     for folder in (name.removesuffix(f"/{TRAINER_STATE_NAME}") for name in names if name.endswith(TRAINER_STATE_NAME)):
-        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder):
-            steps[folder] = int(match[1])
-        elif folder == LAST_CHECKPOINT:
-            steps[folder] = _step_of(hf_hub_download(repo_id, f"{folder}/{TRAINER_STATE_NAME}", **access))
+        step = step_of_folder(folder)
+        if folder == LAST_CHECKPOINT:
+            step = read_step(Path(hf_hub_download(repo_id, f"{folder}/{TRAINER_STATE_NAME}", **access)))
+        if isinstance(step, str):
+            logger.warning(f"{folder} of {repo_id} is not complete ({step}) and is left out.")
+        elif step is not None:
+            steps[folder] = step
     for folder in sorted(steps, key=steps.get, reverse=True):
         target = checkpoint_folder(Path(output_dir), steps[folder])
         if why_incomplete(target) is None:
@@ -207,7 +208,3 @@ def fetch_newest_checkpoint(
         shutil.rmtree(download)
         return str(target)
     return None
-
-
-def _step_of(state_file: str) -> int:
-    return int(json.loads(Path(state_file).read_text(encoding="utf-8"))["global_step"])

@@ -27,13 +27,11 @@ from .checkpoint import (
     write_manifest,
 )
 from .finite import FiniteTrainingMixin
+from .rank_file import TABLE_COLUMNS, read_rank_file
 from .termination import EXIT_CODE, StopOnSigterm
 
 
 logger = get_logger(__name__)
-
-# Of the tables that TRL prints and stores with `log_completions`; the fifth, images, are no plain data.
-TABLE_COLUMNS = ("prompt", "completion", "advantages", "rewards", "extra")
 
 
 class AtTrainBegin(TrainerCallback):
@@ -202,7 +200,7 @@ class ExactResumeMixin(FiniteTrainingMixin):
         path = self._rank_file(checkpoint)
         state, broken = None, None
         try:
-            state = send_to_device(read_resume_state(path), self.accelerator.device)
+            state = send_to_device(read_rank_file(path), self.accelerator.device)
         except ValueError as error:
             broken = str(error)
         self._raise_together(broken)
@@ -237,45 +235,6 @@ class ExactResumeMixin(FiniteTrainingMixin):
         saved, now = state["geometry"], self._geometry()
         changed = [f"{name} was {saved.get(name)} and is {now[name]}" for name in now if saved.get(name) != now[name]]
         return ", ".join(changed) or None
-
-
-def read_resume_state(path: Path) -> dict[str, Any] | None:
-    """
-    One rank's file, on the CPU; `None` if there is none.
-
-    Raises:
-        ValueError: If the file is cut off, corrupted or not one of ours.
-    """
-    if not path.exists():
-        return None
-    try:
-        # Not to the accelerator's device: that of a rank on CPU is "cpu:0", which torch.load does not know.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling garbage raises almost anything, IndexError and KeyError among them
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read ({reason}); without this file, resuming is only less exact."
-        ) from None
-    expected = {
-        "global_step": int,
-        "geometry": dict,
-        "micro_step": int,
-        "buffered_inputs": (list, type(None)),
-        "metrics": dict,
-        "loss_sum": torch.Tensor,
-        "last_logged_step": int,
-        "table": (dict, type(None)),
-    }
-    if not isinstance(state, dict) or set(state) != set(expected):
-        raise ValueError(f"{path} is not a file of this package: it holds {describe(state)}.")
-    for name, kind in expected.items():
-        if not isinstance(state[name], kind):
-            raise ValueError(f"{path} holds {name}={describe(state[name])}.")
-    return state
-
-
-def describe(value: Any) -> str:
-    return f"a dict of {sorted(map(str, value))}" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def plain(value: Any) -> Any:
