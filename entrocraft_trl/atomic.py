@@ -4,13 +4,25 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
+
+
+PARTIAL = ".partial"
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Call `write` on a new file and give it the name `path` once it is on the disk: never half there."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
-        write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    """
+    Call `write` on a new file and give it the name `path` once it is on the disk: never half there.
+
+    Of two processes that write one file, the last one's whole file stays. A process that is killed leaves a hidden
+    file ending in `.partial`.
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PARTIAL}")
+    try:
+        with partial.open("xb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # after an error, which a full disk may be

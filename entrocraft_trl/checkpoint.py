@@ -11,12 +11,13 @@ import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .atomic import write_atomically
+from .atomic import PARTIAL, write_atomically
 
 
 MANIFEST_NAME = "entrocraft_files.json"
@@ -27,16 +28,61 @@ _FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)")  # as transfor
 _TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
 
-def write_manifest(folder: Path) -> None:
-    """List the weights, optimizer and random states in `folder` with their sizes in bytes."""
+def write_manifest(folder: Path, run_id: str) -> None:
+    """List the weights, optimizer and random states in `folder` with their sizes in bytes, and the run they are of."""
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _tensor_files(folder)}
-    write_atomically(folder / MANIFEST_NAME, lambda stream: stream.write(json.dumps(files, indent=1).encode()))
+    content = json.dumps({"run": run_id, "files": files}, indent=1).encode()
+    write_atomically(folder / MANIFEST_NAME, lambda stream: stream.write(content))
+
+
+def _read_manifest(folder: Path) -> tuple[str | None, dict] | str:
+    """Run and files of a checkpoint's list, or what is wrong with it. Older lists hold files only, and no run."""
+    content = _read_json(folder / MANIFEST_NAME)
+    if isinstance(content, str):
+        return content
+    run_id, files = (content.get("run"), content["files"]) if "files" in content else (None, content)
+    if not isinstance(run_id, (str, NoneType)) or not isinstance(files, dict):
+        return f"{MANIFEST_NAME} is no list of files"
+    return run_id, files
+
+
+def run_of(folder: Path) -> str | None:
+    """The run that a checkpoint says it is of; `None` for those of plain TRL and of older versions."""
+    manifest = _read_manifest(folder)
+    return None if isinstance(manifest, str) else manifest[0]
+
+
+def why_not_here(run: Path, resumed: Path | None) -> str | None:
+    """
+    Why a run that continues the checkpoint `resumed` (`None`: that starts) must not save in the folder `run`; or
+    `None`. Where two runs share a folder, a restart takes whichever checkpoint is further on, and rotation deletes
+    whichever is older.
+    """
+    complete = [step for step, reason in list_checkpoints(run).items() if reason is None]
+    if resumed is None:
+        if not complete:
+            return None
+        return (
+            f"{str(run)!r} holds {checkpoint_folder(run, complete[0]).name} of an earlier run, and a new one would "
+            "mix with it. Go on with that run (resume_from_checkpoint=True; on the command line: auto), choose "
+            "another output_dir, or remove its checkpoints."
+        )
+    of_others = [step for step in complete if run_of(checkpoint_folder(run, step)) not in (None, run_of(resumed))]
+    if not of_others:
+        return None
+    return (
+        f"{str(run)!r} holds {checkpoint_folder(run, of_others[0]).name} of another run than {str(resumed)!r} is of. "
+        "Move the checkpoints of one of them to a folder of their own, or choose another output_dir."
+    )
 
 
 def uncommit(folder: Path) -> None:
-    """Before a folder is written again: until that is done, it is not complete, whatever it held."""
-    for name in (TRAINER_STATE_NAME, MANIFEST_NAME):
-        _remove(folder / name)
+    """
+    Before a folder is written again: until that is done, it is not complete, whatever it held. What a killed process
+    left of files that it was writing goes too.
+    """
+    for path in (folder / TRAINER_STATE_NAME, folder / MANIFEST_NAME, *folder.glob(f".*{PARTIAL}")):
+        _remove(path)
 
 
 def why_incomplete(folder: Path) -> str | None:
@@ -53,9 +99,10 @@ def why_incomplete(folder: Path) -> str | None:
         return f"{TRAINER_STATE_NAME} is of step {step}"
     if not (folder / MANIFEST_NAME).exists():
         return None if _tensor_files(folder) else "no weights are there"
-    files = _read_json(folder / MANIFEST_NAME)
-    if isinstance(files, str):
-        return files
+    manifest = _read_manifest(folder)
+    if isinstance(manifest, str):
+        return manifest
+    _, files = manifest
     found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     for name, size in files.items():
         if name not in found:

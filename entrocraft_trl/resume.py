@@ -7,9 +7,11 @@ gone.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate.logging import get_logger
@@ -21,13 +23,16 @@ from .checkpoint import (
     RANK_FILE,
     checkpoint_folder,
     list_checkpoints,
+    run_of,
     set_aside,
     uncommit,
     why_incomplete,
+    why_not_here,
     write_manifest,
 )
 from .finite import FiniteTrainingMixin
 from .rank_file import TABLE_COLUMNS, read_rank_file
+from .run_lock import TRAINING, only_process
 from .termination import EXIT_CODE, StopOnSigterm
 
 
@@ -53,6 +58,8 @@ class ExactResumeMixin(FiniteTrainingMixin):
     the loss that were not logged yet, and the completions table.
     """
 
+    _is_running = False
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
         Train, as [`~transformers.Trainer.train`] does.
@@ -63,7 +70,8 @@ class ExactResumeMixin(FiniteTrainingMixin):
                 something is missing are renamed to `incomplete-checkpoint-...`.
 
         Raises:
-            ValueError: If there is no complete checkpoint, the given one is not, or `enable_jit_checkpoint` is on.
+            ValueError: If there is no complete checkpoint, the given one is not, `output_dir` is in use by another
+                process or holds checkpoints of another run, or `enable_jit_checkpoint` is on.
             FloatingPointError: If loss, gradient norm or parameters are NaN or infinite; on all ranks together.
             SystemExit: With code 143 if SIGTERM came: after the current optimizer step, and with its checkpoint saved.
         """
@@ -72,20 +80,48 @@ class ExactResumeMixin(FiniteTrainingMixin):
                 "enable_jit_checkpoint=True saves in the middle of an optimizer step and on one rank alone; leave it "
                 "off: SIGTERM is handled here, after the step and on all ranks together."
             )
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._newest_complete_checkpoint()
-        elif resume_from_checkpoint:
-            self._raise_together(self._incompleteness(Path(resume_from_checkpoint)))
+        with self.running():
+            resumed = self._choose_checkpoint(resume_from_checkpoint)
+            self._run_id = self._identify_run(resumed)
+            return self._train_and_stop(resumed, *args, **kwargs)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """
+        The life of a run: within, no other process can have one with the same `output_dir`. `train` opens it; open it
+        earlier, on all ranks, around what belongs to the run besides training.
+
+        Raises:
+            ValueError: If another process has; on all ranks together.
+        """
+        if self._is_running:
+            yield
+            return
+        with ExitStack() as stack:
+            problem = None
+            if self.is_world_process_zero():
+                try:
+                    stack.enter_context(only_process(Path(self.args.output_dir), TRAINING))
+                except (ValueError, OSError) as error:
+                    problem = str(error)
+            self._raise_together(problem)
+            self._is_running = True
+            try:
+                yield
+            finally:
+                self._is_running = False
+
+    def _train_and_stop(self, resumed: str | None, *args, **kwargs):
         stop = StopOnSigterm(self._agree_on_step)
         callbacks = [stop]
         self._step_loss = 0.0  # of a step that an error interrupted
-        if resume_from_checkpoint:
-            callbacks.append(AtTrainBegin(lambda: self._restore(resume_from_checkpoint)))
+        if resumed:
+            callbacks.append(AtTrainBegin(lambda: self._restore(resumed)))
         for callback in callbacks:
             self.add_callback(callback)
         try:
             with stop.listening():
-                output = super().train(resume_from_checkpoint, *args, **kwargs)
+                output = super().train(resumed, *args, **kwargs)
                 if stop.agreed:
                     # A launcher ends all ranks when the first one exits; the main one may still be writing.
                     self.accelerator.wait_for_everyone()
@@ -102,6 +138,21 @@ class ExactResumeMixin(FiniteTrainingMixin):
         return output
 
     # ------------------------------------------------------------------------------------------- choosing a checkpoint
+
+    def _choose_checkpoint(self, given: str | bool | None) -> str | None:
+        if given is True:
+            return self._newest_complete_checkpoint()
+        if not given:
+            return None
+        self._raise_together(self._incompleteness(Path(given)))
+        return given
+
+    def _identify_run(self, resumed: str | None) -> str:
+        """The run that `resumed` is of, or a new one. Raises where the folder holds checkpoints of another."""
+        checkpoint = Path(resumed) if resumed else None
+        self._raise_together(why_not_here(Path(self.args.output_dir), checkpoint))
+        known = run_of(checkpoint) if checkpoint else None
+        return gather_object([known or uuid4().hex])[0]  # the main process's
 
     def _newest_complete_checkpoint(self) -> str:
         run = Path(self.args.output_dir)
@@ -153,7 +204,7 @@ class ExactResumeMixin(FiniteTrainingMixin):
         write_atomically(self._rank_file(output_dir), lambda stream: torch.save(state, stream))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_manifest(Path(output_dir))
+            write_manifest(Path(output_dir), self._run_id)
 
     def _rank_file(self, folder: str) -> Path:
         return Path(folder) / RANK_FILE.format(self.accelerator.process_index)

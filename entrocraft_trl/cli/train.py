@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,16 +35,24 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool 
         `str`, `bool` or `None`: a folder, `True` for the newest complete checkpoint, or `None`.
 
     Raises:
-        `ValueError`: if there is no checkpoint, or the one that is named is not complete.
+        `ValueError`: if there is no checkpoint, the one that is named is not complete, or `output_dir` holds
+            checkpoints of another run.
     """
-    from ..checkpoint import list_checkpoints, why_incomplete
+    from ..checkpoint import checkpoint_folder, list_checkpoints, why_incomplete, why_not_here
+
+    def refuse_other_runs(resumed: Path | None) -> None:
+        if reason := why_not_here(Path(output_dir), resumed):
+            raise ValueError(reason)
 
     text = str(value or "").strip()
     if text.lower() in ("", "false", "none"):
+        refuse_other_runs(None)
         return None
     if text.lower() in ("true", "last", "auto"):
         found = list_checkpoints(Path(output_dir))
-        if None in found.values():
+        complete = [step for step, reason in found.items() if reason is None]
+        if complete:
+            refuse_other_runs(checkpoint_folder(Path(output_dir), complete[0]))
             return True
         if text.lower() == "auto":
             return None
@@ -51,6 +60,7 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool 
         raise ValueError(f"resume_from_checkpoint={text}: there is no checkpoint in {output_dir!r}{half}")
     if reason := why_incomplete(Path(text)):
         raise ValueError(f"resume_from_checkpoint={text!r}: {reason}")
+    refuse_other_runs(Path(text))
     return text
 
 
@@ -89,10 +99,12 @@ def main(argv: list[str]) -> None:
         return
     from .. import EntrocraftGRPOTrainer
 
-    with user_errors():
-        # Loads the model: a missing weight file or an unfit adapter is still the user's to mend.
-        trainer = EntrocraftGRPOTrainer(args=training_args, **inputs)
-    _train(trainer, script_args, training_args, resume)
+    with ExitStack() as run:
+        with user_errors():
+            # Loads the model: a missing weight file or an unfit adapter is still the user's to mend.
+            trainer = EntrocraftGRPOTrainer(args=training_args, **inputs)
+            run.enter_context(trainer.running())  # until the model is saved and pushed
+        _train(trainer, script_args, training_args, resume)
 
 
 def _trainer_inputs(

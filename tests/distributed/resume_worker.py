@@ -1,6 +1,6 @@
 """
-Two ranks: a whole run, then runs that stop, are stopped by a signal to one rank, find files missing or broken, and
-meet NaN on one rank.
+Two ranks: a whole run, then runs that stop, are stopped by a signal to one rank, find files missing or broken, find
+their folder taken, and meet NaN on one rank.
 
 Checkpoints after steps 3 and 6; a generation batch serves two steps and a log line covers four, so that the one after
 step 3 is in the middle of both. Weights are compared as saved in `checkpoint-6`.
@@ -16,6 +16,9 @@ import math  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from contextlib import contextmanager, nullcontext  # noqa: E402
 
 import tiny  # noqa: E402
 import torch  # noqa: E402
@@ -27,6 +30,10 @@ from entrocraft_trl.checkpoint import list_checkpoints  # noqa: E402
 
 RANK = int(os.environ["RANK"])
 CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+REFUSED = ("broken-resumed", "half", "in-use")  # "half" starts once more, without resuming
+HOLDER = (
+    "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+)
 messages: list[str] = []
 
 
@@ -84,7 +91,7 @@ def train(name, resume=None, *callbacks, **settings) -> dict:
     except SystemExit as stop:
         ended = f"exit {stop.code}"
     except ValueError as error:
-        if name != "broken-resumed":
+        if name not in REFUSED:
             raise
         ended = f"ValueError: {error}"
     except FloatingPointError as error:
@@ -142,6 +149,24 @@ half = last_file[-1] if last_file[-1].name != "entrocraft_rank_1.pt" else folder
 on_main(lambda: half.write_bytes(half.read_bytes()[:-1]))
 outcomes["half"] = train("half", True)
 differences["half"] = difference("half")
+
+outcomes["started where another has been"] = train("half")
+
+
+@contextmanager
+def taken(name):
+    """Another process is in the folder."""
+    path = folder / name / "_training.lock"
+    path.parent.mkdir(exist_ok=True)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    yield
+    holder.communicate()
+
+
+with taken("in-use") if RANK == 0 else nullcontext():
+    torch.distributed.barrier()
+    outcomes["in use"] = train("in-use")
 
 outcomes["nan loss"] = train("nan-loss", None, trainer_class=LossIsNan)
 outcomes["nan weight"] = train("nan-weight", None, BreakWeight())

@@ -59,6 +59,13 @@ def test_half_written_file_of_one_rank_makes_a_checkpoint_incomplete(ranks):
         assert rank["differences"]["half"] == 0.0
 
 
+def test_a_folder_that_is_taken_is_refused_on_both(ranks):
+    for rank in ranks:
+        started, in_use = (rank["outcomes"][name]["ended"] for name in ("started where another has been", "in use"))
+        assert started.startswith("ValueError") and "holds checkpoint-6 of an earlier run" in started
+        assert in_use.startswith("ValueError") and "is in use by another process" in in_use
+
+
 def test_nan_on_one_rank_ends_both_and_is_not_saved(ranks):
     for rank in ranks:
         loss, weight = rank["outcomes"]["nan loss"]["ended"], rank["outcomes"]["nan weight"]["ended"]
