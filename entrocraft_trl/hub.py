@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .checkpoint import checkpoint_folder, read_step, set_aside, step_of_folder, why_incomplete
+from .termination import pause, wait_for_jobs
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +41,8 @@ class HubUploadMixin:
     hub_patience = 900.0
     hub_retry_pause = 20.0
     _hub_waited = 0.0
+    # Set when SIGTERM comes: there is no time to wait.
+    sigterm_received = False
 
     def init_hf_repo(self, *args, **kwargs):
         self._limit_silence()
@@ -87,14 +90,14 @@ class HubUploadMixin:
             if error is None:
                 self._hub_waited = 0.0
                 return job.result()
-            if _is_final(error) or self._hub_waited >= self.hub_patience:
+            if _is_final(error) or self._hub_waited >= self.hub_patience or self.sigterm_received:
                 logger.error(f"The upload to {self.hub_model_id} failed: {_short(error)}. {self._how_to_push()}")
                 return None
             logger.warning(
                 f"The upload to {self.hub_model_id} failed: {_short(error)}. Trying again in "
                 f"{self.hub_retry_pause:.0f} s."
             )
-            time.sleep(self.hub_retry_pause)
+            pause(self.hub_retry_pause, lambda: self.sigterm_received)
             self._hub_waited += self.hub_retry_pause
             self._limit_silence()
             # The model is on disk. The parent would save it again, together with ranks that have long moved on.
@@ -119,7 +122,7 @@ class HubUploadMixin:
     def _wait(self, jobs: list[futures.Future]) -> bool:
         """Whether all jobs ended within what is left of the patience, which waiting uses up."""
         start = time.monotonic()
-        pending = futures.wait(jobs, timeout=max(self.hub_patience - self._hub_waited, 0.0)).not_done
+        pending = wait_for_jobs(jobs, max(self.hub_patience - self._hub_waited, 0.0), lambda: self.sigterm_received)
         self._hub_waited += time.monotonic() - start
         return not pending
 

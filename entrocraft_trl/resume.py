@@ -7,8 +7,7 @@ gone.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,8 +31,8 @@ from .checkpoint import (
 )
 from .finite import FiniteTrainingMixin
 from .rank_file import TABLE_COLUMNS, read_rank_file
-from .run_lock import TRAINING, only_process
-from .termination import EXIT_CODE, StopOnSigterm
+from .running import RunningMixin
+from .termination import StopOnSigterm
 
 
 logger = get_logger(__name__)
@@ -49,7 +48,7 @@ class AtTrainBegin(TrainerCallback):
         self.action()
 
 
-class ExactResumeMixin(FiniteTrainingMixin):
+class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
     """
     Makes TRL's GRPO and RLOO trainers continue a checkpoint exactly, choose a complete one, stop on SIGTERM, and save
     nothing that is not finite.
@@ -57,8 +56,6 @@ class ExactResumeMixin(FiniteTrainingMixin):
     Saved and restored are each rank's place in the generation block and what is left of its rollouts, the metrics and
     the loss that were not logged yet, and the completions table.
     """
-
-    _is_running = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -74,6 +71,7 @@ class ExactResumeMixin(FiniteTrainingMixin):
                 process or holds checkpoints of another run, or `enable_jit_checkpoint` is on.
             FloatingPointError: If loss, gradient norm or parameters are NaN or infinite; on all ranks together.
             SystemExit: With code 143 if SIGTERM came: after the current optimizer step, and with its checkpoint saved.
+                After the last step too: what follows `train` in a script is left to the next start.
         """
         if self.args.enable_jit_checkpoint:
             raise ValueError(
@@ -85,34 +83,15 @@ class ExactResumeMixin(FiniteTrainingMixin):
             self._run_id = self._identify_run(resumed)
             return self._train_and_stop(resumed, *args, **kwargs)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """
-        The life of a run: within, no other process can have one with the same `output_dir`. `train` opens it; open it
-        earlier, on all ranks, around what belongs to the run besides training.
-
-        Raises:
-            ValueError: If another process has; on all ranks together.
-        """
-        if self._is_running:
-            yield
-            return
-        with ExitStack() as stack:
-            problem = None
-            if self.is_world_process_zero():
-                try:
-                    stack.enter_context(only_process(Path(self.args.output_dir), TRAINING))
-                except (ValueError, OSError) as error:
-                    problem = str(error)
-            self._raise_together(problem)
-            self._is_running = True
-            try:
-                yield
-            finally:
-                self._is_running = False
+    def _agree_to_stop(self) -> bool:
+        # Also of ranks that the signal did not reach: the main one must not wait for the Hub either.
+        agreed = self._agree_on_step(self.sigterm_received)
+        if agreed:  # never the other way round: the signal may come within the reduction
+            self.sigterm_received = True
+        return agreed
 
     def _train_and_stop(self, resumed: str | None, *args, **kwargs):
-        stop = StopOnSigterm(self._agree_on_step)
+        self._stop = stop = StopOnSigterm(self._agree_to_stop)
         callbacks = [stop]
         self._step_loss = 0.0  # of a step that an error interrupted
         if resumed:
@@ -120,21 +99,16 @@ class ExactResumeMixin(FiniteTrainingMixin):
         for callback in callbacks:
             self.add_callback(callback)
         try:
-            with stop.listening():
-                output = super().train(resumed, *args, **kwargs)
-                if stop.agreed:
-                    # A launcher ends all ranks when the first one exits; the main one may still be writing.
-                    self.accelerator.wait_for_everyone()
-                self._refuse_unfinite_parameters("At the end, after")
+            output = super().train(resumed, *args, **kwargs)
+            self._refuse_unfinite_parameters("At the end, after")
         finally:
             for callback in callbacks:
                 self.remove_callback(callback)
         if stop.agreed:
-            logger.warning(
-                f"SIGTERM: stopped after step {self.state.global_step} of {self.state.max_steps} with a checkpoint in "
+            self.exit_on_sigterm(
+                f"stopped after step {self.state.global_step} of {self.state.max_steps} with a checkpoint in "
                 f"{self.args.output_dir!r}; resume with resume_from_checkpoint=True."
             )
-            raise SystemExit(EXIT_CODE)
         return output
 
     # ------------------------------------------------------------------------------------------- choosing a checkpoint
@@ -179,13 +153,6 @@ class ExactResumeMixin(FiniteTrainingMixin):
     def _incompleteness(folder: Path) -> str | None:
         reason = why_incomplete(folder)
         return f"cannot resume from {str(folder)!r}: {reason}" if reason else None
-
-    @staticmethod
-    def _raise_together(problem: str | None) -> None:
-        """Raise on all ranks what one rank found: one that fails alone leaves the others waiting."""
-        problems = [found for found in gather_object([problem]) if found]
-        if problems:
-            raise ValueError(problems[0])
 
     # ----------------------------------------------------------------------------------------------- hooks into saving
 
@@ -246,6 +213,18 @@ class ExactResumeMixin(FiniteTrainingMixin):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self._stop_after_last_step()
+
+    def _stop_after_last_step(self) -> None:
+        """SIGTERM that came since the last step began, in its save perhaps: as after any other step."""
+        if self._stop.agreed or not self._any_rank(self.sigterm_received):
+            return
+        self._stop.agreed = self.sigterm_received = True
+        checkpoint = checkpoint_folder(Path(self.args.output_dir), self.state.global_step)
+        if gather_object([why_incomplete(checkpoint)])[0] is not None:  # the main process's disk decides
+            self._save_checkpoint(self.model, trial=None)
+        self.state.best_model_checkpoint = None  # see StopOnSigterm.on_save
 
     def _restore(self, checkpoint: str) -> None:
         path = self._rank_file(checkpoint)

@@ -261,6 +261,9 @@ def _train(
         raise CommandError(f"no step was made: the stream ended before the {prompts} rows of one generation batch")
     trainer.save_state()  # the log, which `entrocraft plot` reads
     trainer.save_model(args.output_dir)
+    # Saving takes no longer than a checkpoint; waiting for the Hub may take as long as `hub_patience`.
+    rest = "; start again with resume_from_checkpoint=auto to push it" if args.push_to_hub else ""
+    trainer.exit_on_sigterm(f"the model is saved in {args.output_dir!r}{rest}.")
     pushed = trainer.push_to_hub(dataset_name=script_args.dataset_name) if args.push_to_hub else None
     if is_main_process():
         print(
@@ -271,6 +274,6 @@ def _train(
     trainer.accelerator.wait_for_everyone()
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()  # closes trackers and the process group
-    if args.push_to_hub and pushed is None and is_main_process():
+    if args.push_to_hub and pushed is None and is_main_process() and not trainer.sigterm_received:
         # The disk of a job goes away with it: a job whose model is not on the Hub must not end as a success.
         raise CommandError(f"training is done, but the model in {args.output_dir!r} is not on the Hub; see above")

@@ -31,9 +31,13 @@ from entrocraft_trl.checkpoint import list_checkpoints  # noqa: E402
 RANK = int(os.environ["RANK"])
 CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
 REFUSED = ("broken-resumed", "half", "in-use")  # "half" starts once more, without resuming
-HOLDER = (
-    "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
-)
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
 messages: list[str] = []
 
 
@@ -47,6 +51,14 @@ class SignalAt(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 2 and RANK == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class SignalLate(TrainerCallback):
+    """SIGTERM to one rank only, when the last step is made and saved."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps and RANK == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -133,6 +145,9 @@ outcomes["signalled"] = train("signalled", None, SignalAt())
 checkpoints = list_checkpoints(folder / "signalled")
 outcomes["signalled, resumed"] = train("signalled", True)
 differences["signalled"] = difference("signalled")
+
+outcomes["signalled late"] = train("signalled-late", None, SignalLate())
+differences["signalled late"] = difference("signalled-late")
 
 # Rank 1's file is lost: both ranks go on as TRL does.
 copy("lost")

@@ -36,6 +36,12 @@ def test_signal_to_one_rank_stops_both_together(ranks):
         assert rank["differences"]["signalled"] == 0.0
 
 
+def test_late_signal_to_one_rank_stops_both_too(ranks):
+    for rank in ranks:
+        assert rank["outcomes"]["signalled late"]["ended"] == "exit 143"
+        assert rank["differences"]["signalled late"] == 0.0
+
+
 def test_lost_file_of_one_rank_makes_both_resume_as_trl_does(ranks):
     assert "Resuming as TRL does, not exactly: entrocraft_rank_1.pt" in ranks[0]["outcomes"]["lost"]["warnings"][0]
     first, second = (rank["outcomes"]["lost"] for rank in ranks)
