@@ -14,10 +14,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """
     Call `write` on a new file and give it the name `path` once it is on the disk: never half there.
 
-    Of two processes that write one file, the last one's whole file stays. A process that is killed leaves a hidden
-    file ending in `.partial`.
+    Until then its name begins with an underscore, as the names of all that a push to the Hub leaves out, and is its
+    own: of two processes that write one file, the last one's whole file stays. A process that is killed leaves it.
     """
-    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PARTIAL}")
+    partial = path.with_name(f"_{path.name}.{uuid4().hex[:8]}{PARTIAL}")
     try:
         with partial.open("xb") as stream:
             write(stream)

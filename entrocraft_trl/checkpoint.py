@@ -9,6 +9,8 @@ all processes have written their files, and a half-written JSON file does not pa
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
@@ -81,7 +83,7 @@ def uncommit(folder: Path) -> None:
     Before a folder is written again: until that is done, it is not complete, whatever it held. What a killed process
     left of files that it was writing goes too.
     """
-    for path in (folder / TRAINER_STATE_NAME, folder / MANIFEST_NAME, *folder.glob(f".*{PARTIAL}")):
+    for path in (folder / TRAINER_STATE_NAME, folder / MANIFEST_NAME, *folder.glob(f"_*{PARTIAL}")):
         _remove(path)
 
 
@@ -185,6 +187,22 @@ def what_is_kept(run: Path) -> str:
     if not complete:
         return f"There is no complete checkpoint in {str(run)!r}."
     return f"The last complete checkpoint is {str(checkpoint_folder(run, complete[0]))!r}; resume from it."
+
+
+@contextmanager
+def telling_what_is_kept(run: Path, written: str) -> Iterator[None]:
+    """
+    What fails while `written` is says what is kept of the run, and where. A full disk comes as `OSError`, as
+    torch's `RuntimeError` or as safetensors' own error: each keeps its type, and the sentence follows its message.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"This happened while the {written} was written, which is therefore incomplete. {what_is_kept(run)} If "
+            "the disk is full, make room first: half-written checkpoints can go, and save_total_limit keeps fewer."
+        )
+        raise
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:

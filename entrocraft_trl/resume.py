@@ -24,6 +24,7 @@ from .checkpoint import (
     list_checkpoints,
     run_of,
     set_aside,
+    telling_what_is_kept,
     uncommit,
     why_incomplete,
     why_not_here,
@@ -158,10 +159,19 @@ class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
 
     def _save_checkpoint(self, model, trial):
         self._refuse_unfinite_parameters("Before the save of")
-        if self.args.should_save:
-            uncommit(checkpoint_folder(Path(self._get_output_dir(trial=trial)), self.state.global_step))
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        run = Path(self._get_output_dir(trial=trial))
+        folder = checkpoint_folder(run, self.state.global_step)
+        with telling_what_is_kept(run, f"checkpoint {str(folder)!r}"):
+            if self.args.should_save:
+                uncommit(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if _internal_call:  # of a checkpoint, or of a model that is on disk already
+            return super().save_model(output_dir, _internal_call)
+        with telling_what_is_kept(Path(self.args.output_dir), f"model in {(output_dir or self.args.output_dir)!r}"):
+            return super().save_model(output_dir)
 
     def _save_rng_state(self, output_dir: str):
         # The last files but trainer_state.json, and the last place that all ranks pass before transformers deletes

@@ -165,6 +165,6 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
 
 
 def test_what_a_killed_writer_left_goes_when_the_folder_is_written_again(run):
-    (run / "checkpoint-3" / ".entrocraft_rank_0.pt.0123abcd.partial").touch()
+    (run / "checkpoint-3" / "_entrocraft_rank_0.pt.0123abcd.partial").touch()
     uncommit(run / "checkpoint-3")
-    assert not list((run / "checkpoint-3").glob(".*"))
+    assert not list((run / "checkpoint-3").glob("_*"))

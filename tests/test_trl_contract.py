@@ -255,6 +255,7 @@ def test_checkpointed_callbacks():
 RESUME_HOOKS = {
     "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "save_model": ["self", "output_dir", "_internal_call"],
     "_save_rng_state": ["self", "output_dir"],
     "_get_output_dir": ["self", "trial"],
     "create_model_card": None,
