@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import time
 from concurrent import futures
@@ -15,7 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .manifest import checkpoint_folder, set_aside, why_incomplete
+from .manifest import checkpoint_folder, read_step, set_aside, step_of_folder, why_incomplete
+from .sigterm import pause, wait_for_jobs
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +41,8 @@ class HubUploadMixin:
     hub_patience = 900.0
     hub_retry_pause = 20.0
     _hub_waited = 0.0
+    # Set when SIGTERM comes: there is no time to wait.
+    sigterm_received = False
 
     def init_hf_repo(self, *args, **kwargs):
         self._limit_silence()
@@ -89,14 +90,14 @@ class HubUploadMixin:
             if error is None:
                 self._hub_waited = 0.0
                 return job.result()
-            if _is_final(error) or self._hub_waited >= self.hub_patience:
+            if _is_final(error) or self._hub_waited >= self.hub_patience or self.sigterm_received:
                 logger.error(f"The upload to {self.hub_model_id} failed: {_short(error)}. {self._how_to_push()}")
                 return None
             logger.warning(
                 f"The upload to {self.hub_model_id} failed: {_short(error)}. Trying again in "
                 f"{self.hub_retry_pause:.0f} s."
             )
-            time.sleep(self.hub_retry_pause)
+            pause(self.hub_retry_pause, lambda: self.sigterm_received)
             self._hub_waited += self.hub_retry_pause
             self._limit_silence()
             # The model is on disk. The parent would save it again, together with ranks that have long moved on.
@@ -121,7 +122,7 @@ class HubUploadMixin:
     def _wait(self, jobs: list[futures.Future]) -> bool:
         """Whether all jobs ended within what is left of the patience, which waiting uses up."""
         start = time.monotonic()
-        pending = futures.wait(jobs, timeout=max(self.hub_patience - self._hub_waited, 0.0)).not_done
+        pending = wait_for_jobs(jobs, max(self.hub_patience - self._hub_waited, 0.0), lambda: self.sigterm_received)
         self._hub_waited += time.monotonic() - start
         return not pending
 
@@ -188,10 +189,13 @@ def fetch_newest_checkpoint(
         return None
     steps = {}
     for folder in (name.removesuffix(f"/{TRAINER_STATE_NAME}") for name in names if name.endswith(TRAINER_STATE_NAME)):
-        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder):
-            steps[folder] = int(match[1])
-        elif folder == LAST_CHECKPOINT:
-            steps[folder] = _step_of(hf_hub_download(repo_id, f"{folder}/{TRAINER_STATE_NAME}", **access))
+        step = step_of_folder(folder)
+        if folder == LAST_CHECKPOINT:
+            step = read_step(Path(hf_hub_download(repo_id, f"{folder}/{TRAINER_STATE_NAME}", **access)))
+        if isinstance(step, str):
+            logger.warning(f"{folder} of {repo_id} is not complete ({step}) and is left out.")
+        elif step is not None:
+            steps[folder] = step
     for folder in sorted(steps, key=steps.get, reverse=True):
         target = checkpoint_folder(Path(output_dir), steps[folder])
         if why_incomplete(target) is None:
@@ -207,7 +211,3 @@ def fetch_newest_checkpoint(
         shutil.rmtree(download)
         return str(target)
     return None
-
-
-def _step_of(state_file: str) -> int:
-    return int(json.loads(Path(state_file).read_text(encoding="utf-8"))["global_step"])

@@ -9,34 +9,82 @@ all processes have written their files, and a half-written JSON file does not pa
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..atomic import write_atomically
+from ..atomic import PARTIAL, write_atomically
 
 
 MANIFEST_NAME = "entrocraft_files.json"
 RANK_FILE = "entrocraft_rank_{}.pt"
 ASIDE = "incomplete-"
 
-_FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)")  # as transformers writes it: no "checkpoint-010"
 _TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
 
 
-def write_manifest(folder: Path) -> None:
-    """List the weights, optimizer and random states in `folder` with their sizes in bytes."""
+def write_manifest(folder: Path, run_id: str) -> None:
+    """List the weights, optimizer and random states in `folder` with their sizes in bytes, and the run they are of."""
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _tensor_files(folder)}
-    write_atomically(folder / MANIFEST_NAME, lambda stream: stream.write(json.dumps(files, indent=1).encode()))
+    content = json.dumps({"run": run_id, "files": files}, indent=1).encode()
+    write_atomically(folder / MANIFEST_NAME, lambda stream: stream.write(content))
+
+
+def _read_manifest(folder: Path) -> tuple[str | None, dict] | str:
+    """Run and files of a checkpoint's list, or what is wrong with it. Older lists hold files only, and no run."""
+    content = _read_json(folder / MANIFEST_NAME)
+    if isinstance(content, str):
+        return content
+    run_id, files = (content.get("run"), content["files"]) if "files" in content else (None, content)
+    if not isinstance(run_id, (str, NoneType)) or not isinstance(files, dict):
+        return f"{MANIFEST_NAME} is no list of files"
+    return run_id, files
+
+
+def run_of(folder: Path) -> str | None:
+    """The run that a checkpoint says it is of; `None` for those of plain TRL and of older versions."""
+    manifest = _read_manifest(folder)
+    return None if isinstance(manifest, str) else manifest[0]
+
+
+def why_not_here(run: Path, resumed: Path | None) -> str | None:
+    """
+    Why a run that continues the checkpoint `resumed` (`None`: that starts) must not save in the folder `run`; or
+    `None`. Where two runs share a folder, a restart takes whichever checkpoint is further on, and rotation deletes
+    whichever is older.
+    """
+    complete = [step for step, reason in list_checkpoints(run).items() if reason is None]
+    if resumed is None:
+        if not complete:
+            return None
+        return (
+            f"{str(run)!r} holds {checkpoint_folder(run, complete[0]).name} of an earlier run, and a new one would "
+            "mix with it. Go on with that run (resume_from_checkpoint=True; on the command line: auto), choose "
+            "another output_dir, or remove its checkpoints."
+        )
+    of_others = [step for step in complete if run_of(checkpoint_folder(run, step)) not in (None, run_of(resumed))]
+    if not of_others:
+        return None
+    return (
+        f"{str(run)!r} holds {checkpoint_folder(run, of_others[0]).name} of another run than {str(resumed)!r} is of. "
+        "Move the checkpoints of one of them to a folder of their own, or choose another output_dir."
+    )
 
 
 def uncommit(folder: Path) -> None:
-    """Before a folder is written again: until that is done, it is not complete, whatever it held."""
-    for name in (TRAINER_STATE_NAME, MANIFEST_NAME):
-        (folder / name).unlink(missing_ok=True)
+    """
+    Before a folder is written again: until that is done, it is not complete, whatever it held. What a killed process
+    left of files that it was writing goes too.
+    """
+    for path in (folder / TRAINER_STATE_NAME, folder / MANIFEST_NAME, *folder.glob(f"_*{PARTIAL}")):
+        _remove(path)
 
 
 def why_incomplete(folder: Path) -> str | None:
@@ -45,26 +93,40 @@ def why_incomplete(folder: Path) -> str | None:
 
     Checkpoints of plain TRL have no list of files: a readable `trainer_state.json` beside weights is all they show.
     """
-    state = _read_json(folder / TRAINER_STATE_NAME)
-    if isinstance(state, str):
-        return state
-    if (reason := _why_unreadable(state)) is not None:
-        return f"{TRAINER_STATE_NAME} {reason}"
-    match = _FOLDER.fullmatch(folder.name)
-    if match and state["global_step"] != int(match[1]):
-        return f"{TRAINER_STATE_NAME} is of step {state['global_step']}"
+    step = read_step(folder / TRAINER_STATE_NAME)
+    if isinstance(step, str):
+        return step
+    named = step_of_folder(folder.name)
+    if named not in (None, step):
+        return f"{TRAINER_STATE_NAME} is of step {step}"
     if not (folder / MANIFEST_NAME).exists():
         return None if _tensor_files(folder) else "no weights are there"
-    files = _read_json(folder / MANIFEST_NAME)
-    if isinstance(files, str):
-        return files
+    manifest = _read_manifest(folder)
+    if isinstance(manifest, str):
+        return manifest
+    _, files = manifest
+    found = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in found:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes instead of {size!r}"
     return None
+
+
+def step_of_folder(name: str) -> int | None:
+    """`N` of `checkpoint-N`; `None` of another name."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def read_step(path: Path) -> int | str:
+    """The optimizer step that a `trainer_state.json` is of, or why transformers could not resume from the file."""
+    state = _read_json(path)
+    if isinstance(state, str):
+        return state
+    reason = _why_unreadable(state)
+    return f"{path.name} {reason}" if reason else state["global_step"]
 
 
 def _why_unreadable(state: dict) -> str | None:
@@ -83,6 +145,10 @@ def _why_unreadable(state: dict) -> str | None:
             return f"has no field {name!r}"
         if not isinstance(state[name], kinds) or isinstance(state[name], bool):
             return f"holds {name}={state[name]!r}"
+    if state["global_step"] < 0:
+        return f"holds global_step={state['global_step']}"
+    if strange := [entry for entry in state["log_history"] if not isinstance(entry, dict)]:
+        return f"holds {strange[0]!r} in its log_history"
     return None if "TrainerControl" in state["stateful_callbacks"] else "has no 'TrainerControl' among its callbacks"
 
 
@@ -102,15 +168,41 @@ def _read_json(path: Path) -> dict | str:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{path.name} is missing"
-    except ValueError:  # not JSON, or not UTF-8
+    except OSError as error:  # a directory, a file where the folder should be, no permission
+        return f"{path.name} cannot be read: {error.strerror}"
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8; nested thousands of levels deep
         return f"{path.name} cannot be read"
     return content if isinstance(content, dict) else f"{path.name} holds no object"
 
 
 def list_checkpoints(run: Path) -> dict[int, str | None]:
     """Step of each checkpoint folder in `run`, newest first, and why it is incomplete (`None` if it is not)."""
-    folders = [(int(match[1]), path) for path in run.glob("*") if (match := _FOLDER.fullmatch(path.name))]
+    folders = [(step, path) for path in run.glob("*") if (step := step_of_folder(path.name)) is not None]
     return {step: why_incomplete(path) for step, path in sorted(folders, reverse=True) if path.is_dir()}
+
+
+def what_is_kept(run: Path) -> str:
+    """The sentence that ends a message on a run that failed: from where it can be resumed."""
+    complete = [step for step, reason in list_checkpoints(run).items() if reason is None]
+    if not complete:
+        return f"There is no complete checkpoint in {str(run)!r}."
+    return f"The last complete checkpoint is {str(checkpoint_folder(run, complete[0]))!r}; resume from it."
+
+
+@contextmanager
+def telling_what_is_kept(run: Path, written: str) -> Iterator[None]:
+    """
+    What fails while `written` is says what is kept of the run, and where. A full disk comes as `OSError`, as
+    torch's `RuntimeError` or as safetensors' own error: each keeps its type, and the sentence follows its message.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"This happened while the {written} was written, which is therefore incomplete. {what_is_kept(run)} If "
+            "the disk is full, make room first: half-written checkpoints can go, and save_total_limit keeps fewer."
+        )
+        raise
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -123,6 +215,13 @@ def set_aside(folder: Path) -> Path:
     each step: with every kill in the same place, a large model would fill the disk.
     """
     target = folder.with_name(ASIDE + folder.name)
-    if target.exists():
-        shutil.rmtree(target)
+    _remove(target)
     return folder.rename(target)
+
+
+def _remove(path: Path) -> None:
+    """A file, a folder, or a link, of which the target stays; nothing is fine too."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from accelerate.logging import get_logger
@@ -17,22 +18,25 @@ from accelerate.utils import gather_object, send_to_device
 from transformers import TrainerCallback
 
 from ..atomic import write_atomically
+from .finite import FiniteTrainingMixin
 from .manifest import (
     RANK_FILE,
     checkpoint_folder,
     list_checkpoints,
+    run_of,
     set_aside,
+    telling_what_is_kept,
     uncommit,
     why_incomplete,
+    why_not_here,
     write_manifest,
 )
-from .sigterm import EXIT_CODE, StopOnSigterm
+from .rank_file import TABLE_COLUMNS, read_rank_file
+from .running import RunningMixin
+from .sigterm import StopOnSigterm
 
 
 logger = get_logger(__name__)
-
-# Of the tables that TRL prints and stores with `log_completions`; the fifth, images, are no plain data.
-TABLE_COLUMNS = ("prompt", "completion", "advantages", "rewards", "extra")
 
 
 class AtTrainBegin(TrainerCallback):
@@ -45,9 +49,10 @@ class AtTrainBegin(TrainerCallback):
         self.action()
 
 
-class ExactResumeMixin:
+class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
     """
-    Makes TRL's GRPO and RLOO trainers continue a checkpoint exactly, choose a complete one, and stop on SIGTERM.
+    Makes TRL's GRPO and RLOO trainers continue a checkpoint exactly, choose a complete one, stop on SIGTERM, and save
+    nothing that is not finite.
 
     Saved and restored are each rank's place in the generation block and what is left of its rollouts, the metrics and
     the loss that were not logged yet, and the completions table.
@@ -63,42 +68,66 @@ class ExactResumeMixin:
                 something is missing are renamed to `incomplete-checkpoint-...`.
 
         Raises:
-            ValueError: If there is no complete checkpoint, the given one is not, or `enable_jit_checkpoint` is on.
+            ValueError: If there is no complete checkpoint, the given one is not, `output_dir` is in use by another
+                process or holds checkpoints of another run, or `enable_jit_checkpoint` is on.
+            FloatingPointError: If loss, gradient norm or parameters are NaN or infinite; on all ranks together.
             SystemExit: With code 143 if SIGTERM came: after the current optimizer step, and with its checkpoint saved.
+                After the last step too: what follows `train` in a script is left to the next start.
         """
         if self.args.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint=True saves in the middle of an optimizer step and on one rank alone; leave it "
                 "off: SIGTERM is handled here, after the step and on all ranks together."
             )
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._newest_complete_checkpoint()
-        elif resume_from_checkpoint:
-            self._raise_together(self._incompleteness(Path(resume_from_checkpoint)))
-        stop = StopOnSigterm(self.accelerator)
+        with self.running():
+            resumed = self._choose_checkpoint(resume_from_checkpoint)
+            self._run_id = self._identify_run(resumed)
+            return self._train_and_stop(resumed, *args, **kwargs)
+
+    def _agree_to_stop(self) -> bool:
+        # Also of ranks that the signal did not reach: the main one must not wait for the Hub either.
+        agreed = self._agree_on_step(self.sigterm_received)
+        if agreed:  # never the other way round: the signal may come within the reduction
+            self.sigterm_received = True
+        return agreed
+
+    def _train_and_stop(self, resumed: str | None, *args, **kwargs):
+        self._stop = stop = StopOnSigterm(self._agree_to_stop)
         callbacks = [stop]
-        if resume_from_checkpoint:
-            callbacks.append(AtTrainBegin(lambda: self._restore(resume_from_checkpoint)))
+        self._step_loss = 0.0  # of a step that an error interrupted
+        if resumed:
+            callbacks.append(AtTrainBegin(lambda: self._restore(resumed)))
         for callback in callbacks:
             self.add_callback(callback)
         try:
-            with stop.listening():
-                output = super().train(resume_from_checkpoint, *args, **kwargs)
-                if stop.agreed:
-                    # A launcher ends all ranks when the first one exits; the main one may still be writing.
-                    self.accelerator.wait_for_everyone()
+            output = super().train(resumed, *args, **kwargs)
+            self._refuse_unfinite_parameters("At the end, after")
         finally:
             for callback in callbacks:
                 self.remove_callback(callback)
         if stop.agreed:
-            logger.warning(
-                f"SIGTERM: stopped after step {self.state.global_step} of {self.state.max_steps} with a checkpoint in "
+            self.exit_on_sigterm(
+                f"stopped after step {self.state.global_step} of {self.state.max_steps} with a checkpoint in "
                 f"{self.args.output_dir!r}; resume with resume_from_checkpoint=True."
             )
-            raise SystemExit(EXIT_CODE)
         return output
 
     # ------------------------------------------------------------------------------------------- choosing a checkpoint
+
+    def _choose_checkpoint(self, given: str | bool | None) -> str | None:
+        if given is True:
+            return self._newest_complete_checkpoint()
+        if not given:
+            return None
+        self._raise_together(self._incompleteness(Path(given)))
+        return given
+
+    def _identify_run(self, resumed: str | None) -> str:
+        """The run that `resumed` is of, or a new one. Raises where the folder holds checkpoints of another."""
+        checkpoint = Path(resumed) if resumed else None
+        self._raise_together(why_not_here(Path(self.args.output_dir), checkpoint))
+        known = run_of(checkpoint) if checkpoint else None
+        return gather_object([known or uuid4().hex])[0]  # the main process's
 
     def _newest_complete_checkpoint(self) -> str:
         run = Path(self.args.output_dir)
@@ -126,20 +155,23 @@ class ExactResumeMixin:
         reason = why_incomplete(folder)
         return f"cannot resume from {str(folder)!r}: {reason}" if reason else None
 
-    @staticmethod
-    def _raise_together(problem: str | None) -> None:
-        """Raise on all ranks what one rank found: one that fails alone leaves the others waiting."""
-        problems = [found for found in gather_object([problem]) if found]
-        if problems:
-            raise ValueError(problems[0])
-
     # ----------------------------------------------------------------------------------------------- hooks into saving
 
     def _save_checkpoint(self, model, trial):
-        if self.args.should_save:
-            uncommit(checkpoint_folder(Path(self._get_output_dir(trial=trial)), self.state.global_step))
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        self._refuse_unfinite_parameters("Before the save of")
+        run = Path(self._get_output_dir(trial=trial))
+        folder = checkpoint_folder(run, self.state.global_step)
+        with telling_what_is_kept(run, f"checkpoint {str(folder)!r}"):
+            if self.args.should_save:
+                uncommit(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if _internal_call:  # of a checkpoint, or of a model that is on disk already
+            return super().save_model(output_dir, _internal_call)
+        with telling_what_is_kept(Path(self.args.output_dir), f"model in {(output_dir or self.args.output_dir)!r}"):
+            return super().save_model(output_dir)
 
     def _save_rng_state(self, output_dir: str):
         # The last files but trainer_state.json, and the last place that all ranks pass before transformers deletes
@@ -149,7 +181,7 @@ class ExactResumeMixin:
         write_atomically(self._rank_file(output_dir), lambda stream: torch.save(state, stream))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_manifest(Path(output_dir))
+            write_manifest(Path(output_dir), self._run_id)
 
     def _rank_file(self, folder: str) -> Path:
         return Path(folder) / RANK_FILE.format(self.accelerator.process_index)
@@ -191,15 +223,32 @@ class ExactResumeMixin:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self._stop_after_last_step()
+
+    def _stop_after_last_step(self) -> None:
+        """SIGTERM that came since the last step began, in its save perhaps: as after any other step."""
+        if self._stop.agreed or not self._any_rank(self.sigterm_received):
+            return
+        self._stop.agreed = self.sigterm_received = True
+        checkpoint = checkpoint_folder(Path(self.args.output_dir), self.state.global_step)
+        if gather_object([why_incomplete(checkpoint)])[0] is not None:  # the main process's disk decides
+            self._save_checkpoint(self.model, trial=None)
+        self.state.best_model_checkpoint = None  # see StopOnSigterm.on_save
 
     def _restore(self, checkpoint: str) -> None:
         path = self._rank_file(checkpoint)
         state, broken = None, None
         try:
-            state = send_to_device(read_resume_state(path), self.accelerator.device)
+            state = send_to_device(read_rank_file(path), self.accelerator.device)
         except ValueError as error:
             broken = str(error)
         self._raise_together(broken)
+        if self._ranks_with_unfinite_parameters():  # an earlier version saved it, or someone else
+            raise ValueError(
+                f"cannot resume from {checkpoint!r}: a parameter in it is NaN or infinite; move this folder away to "
+                "resume from an earlier one."
+            )
         misfits = [misfit for misfit in gather_object([self._misfit(path, state)]) if misfit]
         if misfits:
             logger.warning(
@@ -226,45 +275,6 @@ class ExactResumeMixin:
         saved, now = state["geometry"], self._geometry()
         changed = [f"{name} was {saved.get(name)} and is {now[name]}" for name in now if saved.get(name) != now[name]]
         return ", ".join(changed) or None
-
-
-def read_resume_state(path: Path) -> dict[str, Any] | None:
-    """
-    One rank's file, on the CPU; `None` if there is none.
-
-    Raises:
-        ValueError: If the file is cut off, corrupted or not one of ours.
-    """
-    if not path.exists():
-        return None
-    try:
-        # Not to the accelerator's device: that of a rank on CPU is "cpu:0", which torch.load does not know.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling garbage raises almost anything, IndexError and KeyError among them
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read ({reason}); without this file, resuming is only less exact."
-        ) from None
-    expected = {
-        "global_step": int,
-        "geometry": dict,
-        "micro_step": int,
-        "buffered_inputs": (list, type(None)),
-        "metrics": dict,
-        "loss_sum": torch.Tensor,
-        "last_logged_step": int,
-        "table": (dict, type(None)),
-    }
-    if not isinstance(state, dict) or set(state) != set(expected):
-        raise ValueError(f"{path} is not a file of this package: it holds {describe(state)}.")
-    for name, kind in expected.items():
-        if not isinstance(state[name], kind):
-            raise ValueError(f"{path} holds {name}={describe(state[name])}.")
-    return state
-
-
-def describe(value: Any) -> str:
-    return f"a dict of {sorted(map(str, value))}" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def plain(value: Any) -> Any:

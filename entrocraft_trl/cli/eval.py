@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +80,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> None:
     """Run the command: sample what is missing, score it, and write the results."""
+    with ExitStack() as stack:
+        with user_errors():
+            args = make_parser().parse_args(argv)
+            _check(args)
+            from ..checkpoints.run_lock import EVALUATION, only_process
+
+            stack.enter_context(only_process(Path(args.output_dir), EVALUATION))
+        _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
     from ..evaluation.sample_file import append_samples, resume_samples
 
     with user_errors():
-        args = make_parser().parse_args(argv)
-        _check(args)
         tokenizer, adapter = _load_tokenizer(args)
         rows, reward = _data(args, tokenizer)
         settings = _settings(args, rows)

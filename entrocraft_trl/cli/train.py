@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +36,24 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool 
         `str`, `bool` or `None`: a folder, `True` for the newest complete checkpoint, or `None`.
 
     Raises:
-        `ValueError`: if there is no checkpoint, or the one that is named is not complete.
+        `ValueError`: if there is no checkpoint, the one that is named is not complete, or `output_dir` holds
+            checkpoints of another run.
     """
-    from ..checkpoints.manifest import list_checkpoints, why_incomplete
+    from ..checkpoints.manifest import checkpoint_folder, list_checkpoints, why_incomplete, why_not_here
+
+    def refuse_other_runs(resumed: Path | None) -> None:
+        if reason := why_not_here(Path(output_dir), resumed):
+            raise ValueError(reason)
 
     text = str(value or "").strip()
     if text.lower() in ("", "false", "none"):
+        refuse_other_runs(None)
         return None
     if text.lower() in ("true", "last", "auto"):
         found = list_checkpoints(Path(output_dir))
-        if None in found.values():
+        complete = [step for step, reason in found.items() if reason is None]
+        if complete:
+            refuse_other_runs(checkpoint_folder(Path(output_dir), complete[0]))
             return True
         if text.lower() == "auto":
             return None
@@ -52,6 +61,7 @@ def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool 
         raise ValueError(f"resume_from_checkpoint={text}: there is no checkpoint in {output_dir!r}{half}")
     if reason := why_incomplete(Path(text)):
         raise ValueError(f"resume_from_checkpoint={text!r}: {reason}")
+    refuse_other_runs(Path(text))
     return text
 
 
@@ -90,10 +100,12 @@ def main(argv: list[str]) -> None:
         return
     from .. import EntrocraftGRPOTrainer
 
-    with user_errors():
-        # Loads the model: a missing weight file or an unfit adapter is still the user's to mend.
-        trainer = EntrocraftGRPOTrainer(args=training_args, **inputs)
-    _train(trainer, script_args, training_args, resume)
+    with ExitStack() as run:
+        with user_errors():
+            # Loads the model: a missing weight file or an unfit adapter is still the user's to mend.
+            trainer = EntrocraftGRPOTrainer(args=training_args, **inputs)
+            run.enter_context(trainer.running())  # until the model is saved and pushed
+        _train(trainer, script_args, training_args, resume)
 
 
 def _trainer_inputs(
@@ -252,6 +264,9 @@ def _train(
         raise CommandError(f"no step was made: the stream ended before the {prompts} rows of one generation batch")
     trainer.save_state()  # the log, which `entrocraft plot` reads
     trainer.save_model(args.output_dir)
+    # Saving takes no longer than a checkpoint; waiting for the Hub may take as long as `hub_patience`.
+    rest = "; start again with resume_from_checkpoint=auto to push it" if args.push_to_hub else ""
+    trainer.exit_on_sigterm(f"the model is saved in {args.output_dir!r}{rest}.")
     pushed = trainer.push_to_hub(dataset_name=script_args.dataset_name) if args.push_to_hub else None
     if is_main_process():
         print(
@@ -262,6 +277,6 @@ def _train(
     trainer.accelerator.wait_for_everyone()
     if Version(transformers.__version__) >= Version("5.18.0"):
         trainer.end()  # closes trackers and the process group
-    if args.push_to_hub and pushed is None and is_main_process():
+    if args.push_to_hub and pushed is None and is_main_process() and not trainer.sigterm_received:
         # The disk of a job goes away with it: a job whose model is not on the Hub must not end as a success.
         raise CommandError(f"training is done, but the model in {args.output_dir!r} is not on the Hub; see above")

@@ -1,6 +1,6 @@
 """What entropy control remembers between steps, saved in each checkpoint's `trainer_state.json`."""
 
-import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,12 +46,13 @@ _RULES = {
 }
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    # JSON knows no limit to whole numbers; beyond that of floats, arithmetic raises OverflowError.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int)
 
 
 def read_memory(numbers: Any) -> ControlMemory:

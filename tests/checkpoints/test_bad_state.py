@@ -15,7 +15,8 @@ import tiny
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from entrocraft_trl.checkpoints.manifest import why_incomplete
+from entrocraft_trl.checkpoints import hub
+from entrocraft_trl.checkpoints.manifest import list_checkpoints, read_step, set_aside, uncommit, why_incomplete
 from entrocraft_trl.cli.train import resolve_checkpoint
 from entrocraft_trl.control.state import ControlMemory, EntropyControlState, read_memory
 
@@ -68,13 +69,13 @@ VALUES = st.one_of(
     st.booleans(),
     st.integers(-3, 200),
     st.floats(-3, 3),
-    st.sampled_from([math.nan, math.inf, -math.inf, -1e-6, 10**30, "1.5", "1", "", [], [1.0], {}, {"value": 1}]),
+    st.sampled_from([math.nan, math.inf, -math.inf, -1e-6, 10**30, 10**400, "1.5", "", [], [1.0], {}, {"value": 1}]),
 )
 
 
 def is_right(name: str, value) -> bool:
     """What this package writes, in plain words. Rounding may put an entropy a hair below 0."""
-    whole = type(value) is int
+    whole = type(value) is int and value < 1e308  # which is as far as floats go
     number = whole or (type(value) is float and math.isfinite(value))
     if name in ("initial_entropy", "last_entropy"):
         return value is None or (number and value > -1e-3)
@@ -146,6 +147,8 @@ def test_a_fresh_memory_reads_back():
         ("epoch", "1.0", "holds epoch='1.0'"),
         ("log_history", None, "holds log_history=None"),
         ("log_history", {"loss": 1}, "holds log_history={'loss': 1}"),
+        ("global_step", -2, "holds global_step=-2"),
+        ("log_history", [{"loss": 1}, "loss"], "holds 'loss' in its log_history"),
         ("stateful_callbacks", None, "holds stateful_callbacks=None"),
         ("stateful_callbacks", [], "holds stateful_callbacks=[]"),
         ("stateful_callbacks", {}, "has no 'TrainerControl' among its callbacks"),
@@ -203,6 +206,105 @@ def test_a_changed_byte_never_ends_in_a_crash(written, tmp_path_factory, place, 
         assert FILE in str(error)
     else:
         assert all(is_right(name, value) for name, value in asdict(memory).items())
+
+
+# ---------------------------------------------------------------------------------------- not even a file of JSON text
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@profile(300)
+@given(name=st.sampled_from(["global_step", "max_steps", "epoch", "log_history", "stateful_callbacks"]), value=JSON)
+@example(name="global_step", value=math.inf)  # which int() turns into an OverflowError
+@example(name="global_step", value=None)
+@example(name="global_step", value=[])
+def test_any_value_is_read_or_named(written, tmp_path_factory, name, value):
+    state = {**json.loads((written / FILE).read_text()), name: value}
+    path = tmp_path_factory.mktemp("state") / FILE
+    path.write_text(json.dumps(state))
+    step = read_step(path)
+    if isinstance(step, str):
+        assert step.startswith(FILE) and name.split("_")[-1].rstrip("s") in step
+    else:
+        assert type(step) is int and step >= 0 and step == state["global_step"]
+
+
+@pytest.mark.parametrize("name", [FILE, "entrocraft_files.json"])
+def test_json_that_is_nested_too_deeply_is_not_read(checkpoint, name):
+    (checkpoint / name).write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+    assert why_incomplete(checkpoint) == f"{name} cannot be read"
+
+
+@pytest.mark.parametrize("name", [FILE, "entrocraft_files.json", "model.safetensors"])
+def test_a_folder_where_a_file_should_be(checkpoint, name):
+    (checkpoint / name).unlink()
+    (checkpoint / name).mkdir()
+    expected = f"{name} is missing" if name == "model.safetensors" else f"{name} cannot be read: Is a directory"
+    assert why_incomplete(checkpoint) == expected
+    uncommit(checkpoint)  # the next save does not stumble over it
+    assert why_incomplete(checkpoint) == f"{FILE} is missing"
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "checkpoint-2").touch()
+    assert why_incomplete(tmp_path / "checkpoint-2") == f"{FILE} cannot be read: Not a directory"
+    assert list_checkpoints(tmp_path) == {} and list_checkpoints(tmp_path / "checkpoint-2") == {}
+
+
+@pytest.mark.parametrize("files", [{"model.safetensors": "5"}, {"model.safetensors": None}, {"a" * 300: 1, "\0": 2}])
+def test_a_foreign_list_of_files_is_no_crash(checkpoint, files):
+    (checkpoint / "entrocraft_files.json").write_text(json.dumps(files))
+    assert why_incomplete(checkpoint).startswith(next(iter(files)))
+
+
+@pytest.mark.parametrize("name", ["checkpoint-010", "checkpoint-00", "checkpoint-٣", "checkpoint-+1"])
+def test_a_folder_that_transformers_does_not_name_so_is_no_checkpoint(checkpoint, name):
+    """Step 10 was looked for in `checkpoint-10`, which is not there."""
+    shutil.copytree(checkpoint, checkpoint.with_name(name))
+    assert list_checkpoints(checkpoint.parent) == {2: None}
+    assert build(4, str(checkpoint.parent))._newest_complete_checkpoint() == str(checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
+def test_what_lies_where_a_half_written_checkpoint_goes_is_replaced(checkpoint, tmp_path, kind):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").touch()
+    aside = checkpoint.with_name("incomplete-checkpoint-2")
+    if kind == "file":
+        aside.touch()
+    else:
+        aside.symlink_to(elsewhere if kind == "link" else tmp_path / "nothing")
+    assert set_aside(checkpoint) == aside
+    assert (aside / FILE).is_file() and not aside.is_symlink()
+    assert (elsewhere / "kept").exists()
+
+
+class FakeHub:
+    """One `last-checkpoint` whose state is `content`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def list_repo_files(self, *args, **kwargs):
+        return [f"last-checkpoint/{FILE}", "model.safetensors"]
+
+    def download(self, *args, **kwargs):
+        return str(self.path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "", '{"global_step": null}', '{"global_step": Infinity}'])
+def test_a_last_checkpoint_of_the_hub_without_a_step_is_left_out(content, tmp_path, monkeypatch, caplog):
+    (tmp_path / FILE).write_text(content)
+    fake = FakeHub(tmp_path / FILE)
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "hf_hub_download", fake.download)
+    assert hub.fetch_newest_checkpoint("someone/model", str(tmp_path / "run")) is None
+    assert f"last-checkpoint of someone/model is not complete ({FILE}" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------------- in training

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import tiny
-from huggingface_hub.utils import filter_repo_objects
 from trl import GRPOTrainer
 
 from entrocraft_trl.atomic import write_atomically
-from entrocraft_trl.checkpoints.hub import NOT_PUSHED
-from entrocraft_trl.checkpoints.manifest import list_checkpoints, set_aside, why_incomplete
+from entrocraft_trl.checkpoints.manifest import list_checkpoints, set_aside, uncommit, why_incomplete
 
 
 def build(output_dir="run", trainer_class=tiny.EntrocraftGRPOTrainer, **settings):
@@ -105,20 +103,20 @@ def test_checkpoints_of_plain_trl_count(tmp_path):
 
 def test_a_folder_written_again_is_incomplete_until_it_is_whole(run, monkeypatch):
     """Otherwise the old commit record would vouch for a mixture of old and new files."""
-    trainer = build(str(run), max_steps=1)
+    trainer = build(str(run))
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", stop)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    assert list_checkpoints(run) == {3: None, 2: None, 1: "trainer_state.json is missing"}
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert list_checkpoints(run) == {3: "trainer_state.json is missing", 2: None, 1: None}
 
 
 def test_manifest_lists_what_resuming_needs(run):
-    files = json.loads((run / "checkpoint-3" / "entrocraft_files.json").read_text())
-    assert sorted(files) == ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"]
+    manifest = json.loads((run / "checkpoint-3" / "entrocraft_files.json").read_text())
+    assert sorted(manifest["files"]) == ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"]
 
 
 def test_other_folders_are_no_checkpoints(run):
@@ -148,7 +146,25 @@ def test_atomic_writing_leaves_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, half)
     assert path.read_bytes() == b"old"
-    # What is left of the new one stays here: a push of the folder leaves it out.
-    assert list(filter_repo_objects([file.name for file in tmp_path.iterdir()], ignore_patterns=NOT_PUSHED)) == [
-        "state"
-    ]
+    assert list(tmp_path.iterdir()) == [path]  # the half of the new one would fill the disk for good
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    """The second writes all of its own while the first is in the middle; with one name for both, theirs was mixed."""
+    path = tmp_path / "state"
+
+    def slow(stream):
+        stream.write(b"first, ")
+        stream.flush()
+        write_atomically(path, lambda stream: stream.write(b"second"))
+        stream.write(b"whole")
+
+    write_atomically(path, slow)
+    assert path.read_bytes() == b"first, whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_goes_when_the_folder_is_written_again(run):
+    (run / "checkpoint-3" / "_entrocraft_rank_0.pt.0123abcd.partial").touch()
+    uncommit(run / "checkpoint-3")
+    assert not list((run / "checkpoint-3").glob("_*"))

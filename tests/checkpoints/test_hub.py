@@ -208,6 +208,17 @@ def test_an_upload_that_never_ends_does_not_hold_the_run(caplog, monkeypatch):
     assert all("still running" in text and "hf upload tester/stuck" in text for text in caplog.messages)
 
 
+def test_sigterm_ends_the_waiting_and_the_retries(caplog, monkeypatch):
+    trainer = Uploads(futures.Future())
+    trainer.hub_patience = 900.0
+    trainer.sigterm_received = True
+    assert trainer.push_to_hub() is None
+    trainer.final.set_exception(ConnectionError("no route to host"))
+    trainer.push_in_progress.jobs.clear()
+    assert trainer.push_to_hub() is None
+    assert "Trying again" not in caplog.text and "failed: ConnectionError" in caplog.text
+
+
 def test_a_save_that_is_not_pushed_is_said(caplog):
     trainer = Uploads(futures.Future())
     trainer._push_from_checkpoint("run/checkpoint-4")
@@ -280,7 +291,8 @@ def test_the_command_fails_if_the_model_is_not_on_the_hub(pushed, capsys):
         state=SimpleNamespace(global_step=4),
         accelerator=SimpleNamespace(wait_for_everyone=lambda: None),
         push_to_hub=lambda **_: pushed,
-        **dict.fromkeys(["train", "save_state", "save_model", "end"], lambda *_, **__: None),
+        sigterm_received=False,
+        **dict.fromkeys(["train", "save_state", "save_model", "exit_on_sigterm", "end"], lambda *_, **__: None),
     )
     args = SimpleNamespace(push_to_hub=True, output_dir="run")
     with nullcontext() if pushed else pytest.raises(CommandError, match="the model in 'run' is not on the Hub"):

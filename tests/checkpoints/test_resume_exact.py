@@ -13,7 +13,8 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
-from entrocraft_trl.checkpoints.resume import plain, read_resume_state
+from entrocraft_trl.checkpoints.rank_file import read_rank_file
+from entrocraft_trl.checkpoints.resume import plain
 
 
 BAND = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # multiples of the first entropy; soon left
@@ -279,11 +280,11 @@ def test_cut_off_anywhere_and_flipped_anywhere(finished_run, tmp_path):
         position = source.randrange(len(content))
         path.write_bytes(content[:position])
         with pytest.raises(ValueError, match=RANK_FILE):
-            read_resume_state(path)
+            read_rank_file(path)
         flipped = bytes([content[position] ^ (1 << source.randrange(8))])
         path.write_bytes(content[:position] + flipped + content[position + 1 :])
         try:
-            read_resume_state(path)
+            read_rank_file(path)
         except ValueError as error:
             refused += RANK_FILE in str(error)
     assert refused > 0

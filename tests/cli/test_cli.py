@@ -144,7 +144,9 @@ def test_resolve_checkpoint(tmp_path):
     for value in ("true", "last", True, "auto"):
         assert resolve_checkpoint(value, str(tmp_path)) is True
     for value in (None, "false", False, ""):
-        assert resolve_checkpoint(value, str(tmp_path)) is None
+        assert resolve_checkpoint(value, "elsewhere") is None
+        with pytest.raises(ValueError, match="holds checkpoint-9 of an earlier run"):
+            resolve_checkpoint(value, str(tmp_path))
     assert resolve_checkpoint(str(whole), "elsewhere") == str(whole)
     with pytest.raises(ValueError, match="trainer_state.json is missing"):
         resolve_checkpoint(str(half), "elsewhere")

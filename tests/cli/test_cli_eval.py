@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from entrocraft_trl.cli import main
 from entrocraft_trl.evaluation import sampling
-from entrocraft_trl.evaluation.sample_file import append_samples, resume_samples
+from entrocraft_trl.evaluation.sample_file import _line, append_samples, resume_samples
 from entrocraft_trl.evaluation.sampling import Sample, encode_prompt, sample_prompts
 
 
@@ -197,12 +197,17 @@ def test_any_name_of_a_model_or_a_folder_gets_its_figure_and_reaches_no_terminal
 
 # ------------------------------------------------------------------------------------------------ the file of samples
 
-SETTINGS = {"prompts": 5, "seed": 0}
+SETTINGS = {"prompts": 5, "seed": 0, "n": 1}
+
+
+def record_of(index: int, **changes) -> dict:
+    sample = {"completions": ["é\n"], "rewards": [None], "tokens": [3], "truncated": [False], "entropy_sums": [0.5]}
+    return {"index": index, "prompt": "1+1=?", **sample, **changes}
 
 
 def start_file(path: Path, count: int) -> bytes:
     assert resume_samples(path, SETTINGS, 2) == []
-    append_samples(path, [{"index": index, "text": "é\n"} for index in range(count)])
+    append_samples(path, [record_of(index) for index in range(count)])
     return path.read_bytes()
 
 
@@ -224,15 +229,26 @@ def test_every_way_to_tear_the_file_keeps_whole_blocks(tmp_path):
         assert len(resume_samples(path, SETTINGS, 2)) == lines // 2 * 2
 
 
+HEADER = _line({"settings": SETTINGS})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "is not a file of samples"),
         (b"[1]\n", "is not a file of samples"),
         (b'{"a": 1}\n', "KeyError"),
-        (b'{"settings": {"prompts": 5, "seed": 0}}\n{"index": 1}\n', "prompts are not in order"),
-        (b'{"settings": {"prompts": 5, "seed": 0}}\nnonsense\n{"index": 1}\n', "JSONDecodeError"),
-        (b'{"settings": {"prompts": 5, "seed": 1, "n": 2}}\n', "n was 2 and is now None; seed was 1 and is now 0"),
+        (HEADER + b'{"index": 1}\n', "line 2 is of prompt 1, where prompt 0 is next"),
+        (HEADER + b'nonsense\n{"index": 1}\n', "JSONDecodeError"),
+        (HEADER + b"[1]\n", "line 2 holds no object"),
+        (HEADER + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"\n", "RecursionError"),
+        (
+            b'{"settings": {"prompts": 5, "seed": 1, "m": 2, "n": 1}}\n',
+            "m was 2 and is now None; seed was 1 and is now",
+        ),
+        (b'{"settings": 7}\n', "TypeError"),
+        (HEADER + b'{"index": 0, "prompt": "1+1=?"}\n', "line 2 holds completions=None, where 1 values are needed"),
+        (HEADER + b"".join(_line(record_of(index)) for index in range(6)), "holds 6 prompts, where there are 5"),
     ],
 )
 def test_foreign_files_are_refused_and_left_alone(tmp_path, content, message):
@@ -241,6 +257,30 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         resume_samples(path, SETTINGS, 2)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"completions": ["a", "b"]},  # of n = 1
+        {"completions": [None]},
+        {"rewards": [math.nan]},  # which this package writes as null
+        {"rewards": ["1"]},
+        {"rewards": 1.0},
+        {"tokens": [-1]},
+        {"tokens": [1.5]},
+        {"tokens": [10**400]},
+        {"truncated": [0]},
+        {"entropy_sums": [True]},
+        {"entropy_sums": {}},
+    ],
+)
+def test_a_foreign_record_is_named(tmp_path, changes):
+    path = tmp_path / "samples.jsonl"
+    start_file(path, 2)
+    append_samples(path, [record_of(2, **changes), record_of(3)])
+    with pytest.raises(ValueError, match=f"line 4 holds {next(iter(changes))}="):
+        resume_samples(path, SETTINGS, 2)
 
 
 # -------------------------------------------------------------------------------------------------- models and engines

@@ -1,5 +1,6 @@
 """
-Two ranks: a whole run, then runs that stop, are stopped by a signal to one rank, and find files missing or broken.
+Two ranks: a whole run, then runs that stop, are stopped by a signal to one rank, find files missing or broken, find
+their folder taken, and meet NaN on one rank.
 
 Checkpoints after steps 3 and 6; a generation batch serves two steps and a log line covers four, so that the one after
 step 3 is in the middle of both. Weights are compared as saved in `checkpoint-6`.
@@ -11,9 +12,13 @@ from launching import start_worker, write_result
 folder = start_worker()
 
 import logging  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from contextlib import contextmanager, nullcontext  # noqa: E402
 
 import tiny  # noqa: E402
 import torch  # noqa: E402
@@ -25,6 +30,14 @@ from entrocraft_trl.checkpoints.manifest import list_checkpoints  # noqa: E402
 
 RANK = int(os.environ["RANK"])
 CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+REFUSED = ("broken-resumed", "half", "in-use")  # "half" starts once more, without resuming
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()
+"""
 messages: list[str] = []
 
 
@@ -41,7 +54,34 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def build(name, *callbacks, **settings):
+class SignalLate(TrainerCallback):
+    """SIGTERM to one rank only, when the last step is made and saved."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps and RANK == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class BreakWeight(TrainerCallback):
+    """One element of what rank 1 holds of the last parameter becomes NaN with the optimizer step before the save."""
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step == 2 and RANK == 1:
+            *_, parameter = model.parameters()
+            held = getattr(parameter, "ds_tensor", parameter)
+            held = held.to_local() if hasattr(held, "to_local") else held
+            held.data.view(-1)[0] = math.nan
+
+
+class LossIsNan(tiny.EntrocraftGRPOTrainer):
+    """On rank 1, in step 3; the gradient stays what it is."""
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        return loss + math.nan if self.state.global_step == 2 and RANK == 1 else loss
+
+
+def build(name, *callbacks, trainer_class=tiny.EntrocraftGRPOTrainer, **settings):
     defaults = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "logging_steps": 4, "max_steps": 6}
     args = tiny.build_config(
         output_dir=str(folder / name),
@@ -49,7 +89,8 @@ def build(name, *callbacks, **settings):
         **{"save_strategy": "steps", "save_steps": 3, "rejection_rule": "entropy_change"},
         **{"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]},
     )
-    return tiny.build_trainer(args=args, train_dataset=tiny.build_dataset(64), callbacks=list(callbacks))
+    data = tiny.build_dataset(64)
+    return tiny.build_trainer(trainer_class, args=args, train_dataset=data, callbacks=list(callbacks))
 
 
 def train(name, resume=None, *callbacks, **settings) -> dict:
@@ -62,9 +103,11 @@ def train(name, resume=None, *callbacks, **settings) -> dict:
     except SystemExit as stop:
         ended = f"exit {stop.code}"
     except ValueError as error:
-        if name != "broken-resumed":
+        if name not in REFUSED:
             raise
         ended = f"ValueError: {error}"
+    except FloatingPointError as error:
+        ended = f"FloatingPointError: {error}"
     log = [{key: value for key, value in line.items() if key not in CLOCK} for line in trainer.state.log_history]
     return {
         "ended": ended,
@@ -103,6 +146,9 @@ checkpoints = list_checkpoints(folder / "signalled")
 outcomes["signalled, resumed"] = train("signalled", True)
 differences["signalled"] = difference("signalled")
 
+outcomes["signalled late"] = train("signalled-late", None, SignalLate())
+differences["signalled late"] = difference("signalled-late")
+
 # Rank 1's file is lost: both ranks go on as TRL does.
 copy("lost")
 on_main((folder / "lost" / "checkpoint-3" / "entrocraft_rank_1.pt").unlink)
@@ -119,6 +165,28 @@ on_main(lambda: half.write_bytes(half.read_bytes()[:-1]))
 outcomes["half"] = train("half", True)
 differences["half"] = difference("half")
 
+outcomes["started where another has been"] = train("half")
+
+
+@contextmanager
+def taken(name):
+    """Another process is in the folder."""
+    path = folder / name / "_training.lock"
+    path.parent.mkdir(exist_ok=True)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    yield
+    holder.communicate()
+
+
+with taken("in-use") if RANK == 0 else nullcontext():
+    torch.distributed.barrier()
+    outcomes["in use"] = train("in-use")
+
+outcomes["nan loss"] = train("nan-loss", None, trainer_class=LossIsNan)
+outcomes["nan weight"] = train("nan-weight", None, BreakWeight())
+saved = [str(path) for name in ("nan-loss", "nan-weight") for path in (folder / name).glob("checkpoint-*")]
+
 trainer = build("last")
 write_result(
     trainer.accelerator,
@@ -126,6 +194,7 @@ write_result(
     differences=differences,
     checkpoints=[f"{step}: {reason}" for step, reason in checkpoints.items()],
     half=half.name,
+    saved=saved,
     files=sorted(path.name for path in (folder / "whole" / "checkpoint-3").iterdir()),
 )
 trainer.end()

@@ -1,4 +1,4 @@
-"""Exact resume, SIGTERM to one rank, and files of one rank lost or broken: two ranks, on every backend."""
+"""Exact resume, SIGTERM to one rank, files of one rank lost or broken, NaN on one: two ranks, on every backend."""
 
 from pathlib import Path
 
@@ -36,6 +36,12 @@ def test_signal_to_one_rank_stops_both_together(ranks):
         assert rank["differences"]["signalled"] == 0.0
 
 
+def test_late_signal_to_one_rank_stops_both_too(ranks):
+    for rank in ranks:
+        assert rank["outcomes"]["signalled late"]["ended"] == "exit 143"
+        assert rank["differences"]["signalled late"] == 0.0
+
+
 def test_lost_file_of_one_rank_makes_both_resume_as_trl_does(ranks):
     assert "Resuming as TRL does, not exactly: entrocraft_rank_1.pt" in ranks[0]["outcomes"]["lost"]["warnings"][0]
     first, second = (rank["outcomes"]["lost"] for rank in ranks)
@@ -57,3 +63,19 @@ def test_half_written_file_of_one_rank_makes_a_checkpoint_incomplete(ranks):
     for rank in ranks:
         assert rank["outcomes"]["half"]["log"] == rank["outcomes"]["whole"]["log"]
         assert rank["differences"]["half"] == 0.0
+
+
+def test_a_folder_that_is_taken_is_refused_on_both(ranks):
+    for rank in ranks:
+        started, in_use = (rank["outcomes"][name]["ended"] for name in ("started where another has been", "in use"))
+        assert started.startswith("ValueError") and "holds checkpoint-6 of an earlier run" in started
+        assert in_use.startswith("ValueError") and "is in use by another process" in in_use
+
+
+def test_nan_on_one_rank_ends_both_and_is_not_saved(ranks):
+    for rank in ranks:
+        loss, weight = rank["outcomes"]["nan loss"]["ended"], rank["outcomes"]["nan weight"]["ended"]
+        assert loss.startswith("FloatingPointError: The loss of step 3 is NaN or infinite on 1 of 2 processes"), loss
+        assert weight.startswith("FloatingPointError: Before the save of step 3 a parameter is NaN"), weight
+        assert "on 1 of 2 processes" in weight
+        assert rank["saved"] == []

@@ -83,7 +83,8 @@ MAY_OVERRIDE = {
     Services: {
         *("_calculate_rewards", "evaluation_loop", "create_model_card"),  # checked, added to
         *("init_hf_repo", "_push_from_checkpoint", "_finish_current_push", "push_to_hub"),  # the Hub
-        *("train", "_run_epoch", "_save_checkpoint", "_save_rng_state"),  # checkpoints
+        *("train", "_run_epoch", "save_model", "_save_checkpoint", "_save_rng_state"),  # checkpoints
+        *("training_step", "_get_grad_norm"),  # finite numbers
     },
 }
 
