@@ -19,6 +19,7 @@ import tiny
 import torch
 from huggingface_hub import ModelCard, close_session
 from huggingface_hub.utils import _http
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from entrocraft_trl import EntrocraftGRPOTrainer
@@ -64,13 +65,14 @@ class Messages(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def build(folder, repository=None, callbacks=(), **settings):
+def build(folder, repository=None, callbacks=(), model=None, peft_config=None, **settings):
     hub = {"push_to_hub": True, "hub_model_id": f"tester/{repository}", "hub_token": "hf_test"} if repository else {}
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **hub, **settings}
     band = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # soon left: rejections in every later step
     args = tiny.build_config(output_dir=folder, learning_rate=0.02, **band, **settings)
     data = tiny.build_dataset(64)
-    trainer = tiny.build_trainer(ImpatientTrainer, args=args, train_dataset=data, callbacks=list(callbacks))
+    given = {"model": model, "peft_config": peft_config, "callbacks": list(callbacks)}
+    trainer = tiny.build_trainer(ImpatientTrainer, args=args, train_dataset=data, **given)
     for callback in callbacks:
         callback.trainer = trainer
     return trainer
@@ -144,6 +146,21 @@ def plain() -> dict:
     return {"checkpoint": fetch_newest_checkpoint("tester/plain", "plain-again")}
 
 
+def local() -> dict:
+    """An adapter for a model in a local folder, trained on a local file."""
+    start, data = Path("start").resolve(), Path("data").resolve()
+    tiny.build_model().save_pretrained(start)
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"prompt": "1+2=?"}\n')
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    waiting = {"hub_strategy": "checkpoint", "callbacks": [WaitForUploads()]}
+    trainer = build("local", "local", model=str(start), peft_config=adapter, **waiting)
+    with messages_of_uploads() as told:
+        trainer.train()
+        pushed = trainer.push_to_hub(dataset_name=str(data / "train.jsonl"))
+    return {"commit": pushed.oid if pushed else None, "messages": told}
+
+
 def trouble(repository) -> dict:
     # `gone` must have pushed its first checkpoint before it meets the second.
     callbacks = [WaitForUploads()] if repository == "gone" else []
@@ -169,7 +186,7 @@ def trouble(repository) -> dict:
 
 def main(result_file: str) -> None:
     torch.set_num_threads(1)
-    results = {"round-trip": round_trip(), "all-checkpoints": all_checkpoints(), "plain": plain()}
+    results = {"round-trip": round_trip(), "all-checkpoints": all_checkpoints(), "plain": plain(), "local": local()}
     for repository in ("refusing", "forbidden", "recovering", "gone", "silent"):
         results[repository] = trouble(repository)
     Path(result_file).write_text(json.dumps(results, indent=1))

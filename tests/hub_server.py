@@ -1,8 +1,9 @@
 """
 A loopback stand-in for the Hub: the endpoints that huggingface_hub uses for a model repository, over real HTTP.
 
-It stores real bytes: regular files come in commits, large ones by the LFS protocol, whose hash and size it checks. The
-name of a repository decides how the server behaves, so that one client process can meet every behaviour:
+It stores real bytes: regular files come in commits, large ones by the LFS protocol, whose hash and size it checks.
+Metadata of a model card that names a path in place of a repository gets status 400. The name of a repository decides
+how the server behaves, so that one client process can meet every behaviour:
 
 - `refusing`: uploads get status 500.
 - `forbidden`: uploads get status 403.
@@ -14,12 +15,17 @@ name of a repository decides how the server behaves, so that one client process 
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 LFS_SUFFIXES = (".safetensors", ".pt", ".bin", ".png")
+REPOSITORY_NAME = re.compile(r"([\w-]+/)?[\w.-]+")
+METADATA = re.compile(r"---\n(.*?)\n---", re.DOTALL)
 
 
 class Repository:
@@ -58,6 +64,19 @@ class Repository:
 
 def is_lfs(path: str) -> bool:
     return path.endswith(LFS_SUFFIXES)
+
+
+def metadata_errors(card: str) -> list[str]:
+    """What the Hub finds wrong with the metadata of a card: names that no model and no data set can have."""
+    found = METADATA.match(card)
+    metadata = yaml.safe_load(found[1]) if found else {}
+    errors = []
+    for field in ("base_model", "datasets"):
+        values = metadata.get(field) or []
+        for value in [values] if isinstance(values, str) else values:
+            if not REPOSITORY_NAME.fullmatch(value):
+                errors.append(f'"{field}" with value "{value}" is not valid.')
+    return errors
 
 
 def blob_id(content: bytes) -> str:
@@ -112,7 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "repos", "create"]:
                 self._create(**json.loads(self.body))
             case ["api", "validate-yaml"]:
-                self._json({"errors": [], "warnings": []})
+                errors = metadata_errors(json.loads(self.body)["content"])
+                messages = [{"message": error} for error in errors]
+                self._json({"errors": messages, "warnings": []}, 400 if errors else 200)
             case ["api", "models", user, name, "preupload", _]:
                 self._uploading(user, name, self._preupload)
             case ["api", "models", user, name, "commit", _]:
@@ -239,6 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
                 added[value["path"]] = self.hub.blobs[value["oid"]]
             else:
                 deleted.append(value["path"])
+        if errors := metadata_errors(added.get("README.md", b"").decode()):
+            return self._json({"error": errors[0]}, 400)
         oid = repository.commit(title, added, deleted)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repository.name}/commit/{oid}"})
 

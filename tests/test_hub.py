@@ -120,6 +120,18 @@ def test_default_strategy_pushes_models_without_checkpoints(hub):
     assert repository.files["model.safetensors"] == (folder / "plain" / "model.safetensors").read_bytes()
 
 
+def test_no_card_names_a_place_on_this_machine(hub):
+    server, folder, results = hub
+    # The server refuses cards that do: the checkpoints' too, in which PEFT names the folder of the starting policy.
+    assert results["local"]["messages"] == [] and results["local"]["commit"] is not None
+    repository = server.repositories["tester/local"]
+    cards = {path: files[path].decode() for _, _, files in repository.commits for path in files if path[-3:] == ".md"}
+    assert set(cards) == {"README.md", "last-checkpoint/README.md"}
+    cards |= {str(path): path.read_text() for path in (folder / "local").rglob("*.md")}
+    assert not [name for name, card in cards.items() if str(folder) in card]
+    assert "on the [" not in cards["README.md"] and "## Entropy control" in cards["README.md"]
+
+
 # ------------------------------------------------------------------------------------------------------- a broken Hub
 
 
