@@ -21,7 +21,7 @@ from .atomic import write_atomically
 
 MANIFEST_NAME = "entrocraft_files.json"
 RANK_FILE = "entrocraft_rank_{}.pt"
-ASIDE = "incomplete-"
+ASIDE = "_incomplete-"  # transformers pushes no name that starts with "_"
 
 _FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
@@ -119,10 +119,12 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def set_aside(folder: Path) -> Path:
     """
-    Rename a half-written checkpoint, so that neither rotation nor another tool takes it for the newest. One is kept of
-    each step: with every kill in the same place, a large model would fill the disk.
+    Rename a half-written checkpoint, so that neither rotation nor another tool takes it for the newest, and no push
+    for a part of the model. The last one is kept: with every kill, a large model would fill the disk.
     """
-    target = folder.with_name(ASIDE + folder.name)
-    if target.exists():
-        shutil.rmtree(target)
-    return folder.rename(target)
+    for old in folder.parent.glob(f"{ASIDE}{PREFIX_CHECKPOINT_DIR}-*"):
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+    return folder.rename(folder.with_name(ASIDE + folder.name))
