@@ -6,6 +6,7 @@ Training runs against the loopback Hub, in a process of their own: huggingface_h
 Writes what was seen as JSON; test_hub.py judges it.
 """
 
+import atexit
 import json
 import logging
 import sys
@@ -65,14 +66,14 @@ class Messages(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def build(folder, repository=None, callbacks=(), model=None, peft_config=None, **settings):
+def build(folder, repository=None, callbacks=(), model=None, peft_config=None, trainer_class=None, **settings):
     hub = {"push_to_hub": True, "hub_model_id": f"tester/{repository}", "hub_token": "hf_test"} if repository else {}
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **hub, **settings}
     band = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # soon left: rejections in every later step
     args = tiny.build_config(output_dir=folder, learning_rate=0.02, **band, **settings)
     data = tiny.build_dataset(64)
     given = {"model": model, "peft_config": peft_config, "callbacks": list(callbacks)}
-    trainer = tiny.build_trainer(ImpatientTrainer, args=args, train_dataset=data, **given)
+    trainer = tiny.build_trainer(trainer_class or ImpatientTrainer, args=args, train_dataset=data, **given)
     for callback in callbacks:
         callback.trainer = trainer
     return trainer
@@ -147,18 +148,31 @@ def plain() -> dict:
 
 
 def local() -> dict:
-    """An adapter for a model in a local folder, trained on a local file."""
-    start, data = Path("start").resolve(), Path("data").resolve()
+    """An adapter for a model in a local folder, trained on a local file, beside what is not to be published."""
+    start, data, run = Path("start").resolve(), Path("data").resolve(), Path("local")
     tiny.build_model().save_pretrained(start)
     data.mkdir()
     (data / "train.jsonl").write_text('{"prompt": "1+2=?"}\n')
+    for name in ("_from_hub/abc", "_incomplete-checkpoint-1", "incomplete-checkpoint-1"):
+        (run / name).mkdir(parents=True)
+        (run / name / "optimizer.pt").write_bytes(b"gigabytes")
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
     waiting = {"hub_strategy": "checkpoint", "callbacks": [WaitForUploads()]}
-    trainer = build("local", "local", model=str(start), peft_config=adapter, **waiting)
+    trainer = build("local", "local", model=str(start), peft_config=adapter, log_completions=True, **waiting)
     with messages_of_uploads() as told:
         trainer.train()
         pushed = trainer.push_to_hub(dataset_name=str(data / "train.jsonl"))
-    return {"commit": pushed.oid if pushed else None, "messages": told}
+    return {"commit": pushed.oid if pushed else None, "messages": told, "how_to_push": trainer._how_to_push()}
+
+
+class OpenTrainer(ImpatientTrainer):
+    hub_not_pushed = ()
+
+
+def completions_asked_for() -> dict:
+    trainer = build("asked", "asked", trainer_class=OpenTrainer, log_completions=True, max_steps=1)
+    trainer.train()
+    return {"commit": trainer.push_to_hub().oid}
 
 
 def trouble(repository) -> dict:
@@ -184,12 +198,24 @@ def trouble(repository) -> dict:
     }
 
 
+def leave_under_uploads(repository) -> None:
+    """The last run of the process, which is to end although large files are under way in threads of their own."""
+    trainer = build(repository, repository, hub_strategy="end", max_steps=1)
+    close_session()  # the limit belongs to the session
+    trainer.hub_silence_limit = 5.0
+    trainer.train()
+    assert trainer.push_to_hub() is None
+    atexit.register(Path("left.txt").write_text, "trackers send their last metrics at exit")
+
+
 def main(result_file: str) -> None:
     torch.set_num_threads(1)
-    results = {"round-trip": round_trip(), "all-checkpoints": all_checkpoints(), "plain": plain(), "local": local()}
+    runs = (round_trip, all_checkpoints, plain, local, completions_asked_for)
+    results = {run.__name__.replace("_", "-"): run() for run in runs}
     for repository in ("refusing", "forbidden", "recovering", "gone", "silent"):
         results[repository] = trouble(repository)
     Path(result_file).write_text(json.dumps(results, indent=1))
+    leave_under_uploads("stalling")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ how the server behaves, so that one client process can meet every behaviour:
 - `refusing`: uploads get status 500.
 - `forbidden`: uploads get status 403.
 - `silent`: uploads get no answer until the client gives up.
+- `stalling`: large files get no answer until the client gives up.
 - `recovering`: the first upload gets status 503 on all six tries that huggingface_hub makes; later ones pass.
 - `gone`: after the first commit, connections are closed without an answer.
 """
@@ -148,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._uploading(user, name.removesuffix(".git"), self._lfs_batch)
             case ["lfs", oid]:
                 self._lfs_object(oid)
+            case ["stalled", _]:
+                self._never()
             case [user, name, "resolve", revision, *path]:
                 self._reading(user, name, revision, lambda *at: self._resolve(*at, "/".join(path)))
             case _:
@@ -166,6 +169,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
+    def _never(self):
+        self.hub.release.wait()
+        self.close_connection = True
+
     def _uploading(self, user: str, name: str, answer):
         repository = self.hub.repositories.get(f"{user}/{name}")
         if repository is None:
@@ -176,8 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif name.startswith("forbidden"):
             self._json({"error": "You have no write access"}, 403)
         elif name.startswith("silent"):
-            self.hub.release.wait()
-            self.close_connection = True
+            self._never()
         elif name.startswith("recovering") and repository.upload_requests <= 6:
             self._json({"error": "Service unavailable"}, 503)
         elif name.startswith("gone") and len(repository.commits) > 2:
@@ -224,11 +230,12 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return hashlib.sha256(content).hexdigest() if is_lfs(path) else blob_id(content)
 
-    def _lfs_batch(self, _):
+    def _lfs_batch(self, repository: Repository):
+        stalling = "stalling" in repository.name
         objects = []
         for item in json.loads(self.body)["objects"]:
-            if item["oid"] not in self.hub.blobs:
-                href = f"{self.hub.url}/lfs/{item['oid']}"
+            if stalling or item["oid"] not in self.hub.blobs:
+                href = f"{self.hub.url}/{'stalled' if stalling else 'lfs'}/{item['oid']}"
                 item = {**item, "actions": {"upload": {"href": href}, "verify": {"href": href}}}
             objects.append(item)
         self._json({"transfer": "basic", "objects": objects})
