@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from huggingface_hub import HfApi, get_session
 
 
+SILENCE_LIMIT = 60.0  # seconds; a large commit may keep the Hub busy for a while
+
+
 class UploadQueue:
     """
     Runs uploads one after another, in order, each in a thread.

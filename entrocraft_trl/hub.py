@@ -1,37 +1,35 @@
-"""The Hub during a run: uploads that neither stop training nor fail in silence, and checkpoints to resume from."""
+"""The Hub during a run: uploads that neither stop training nor fail in silence."""
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, upload_folder
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from transformers.trainer import TRAINER_STATE_NAME
+from huggingface_hub import upload_folder
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .background_uploads import UploadQueue, background_by, call_at_exit, limit_silence, patience_is_over
-from .checkpoint import checkpoint_folder, set_aside, why_incomplete
+from .background_uploads import (
+    SILENCE_LIMIT,
+    UploadQueue,
+    background_by,
+    call_at_exit,
+    limit_silence,
+    patience_is_over,
+)
 
 
 logger = logging.get_logger(__name__)
 
-LAST_CHECKPOINT = "last-checkpoint"  # folder in the repository, with hub_strategy="checkpoint"
 # transformers leaves these out of the model's own upload.
 NEVER_PUSHED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
 # Prompts and completions, in which `log_completions` may show private data; half-written checkpoints, by the name that
 # version 0.1.0 gave them.
 NOT_PUSHED = ("completions/*.parquet", f"incomplete-{PREFIX_CHECKPOINT_DIR}-*")
-DOWNLOAD_FOLDER = "_from_hub"
-SILENCE_LIMIT = 60.0  # seconds
 
 
 class HubUploadMixin:
@@ -51,7 +49,7 @@ class HubUploadMixin:
     must be private (`hub_private_repo=True`).
     """
 
-    # Seconds without a byte after which a request counts as failed. A large commit may keep the Hub busy for a while.
+    # Seconds without a byte after which a request counts as failed.
     hub_silence_limit = SILENCE_LIMIT
     # Seconds that the run waits for the Hub, in all, when it has nothing else left to do.
     hub_patience = 900.0
@@ -106,10 +104,10 @@ class HubUploadMixin:
                 self._hub_waited = 0.0
                 return job.result()
             if _is_final(error) or self._hub_waited >= self.hub_patience:
-                logger.error(f"The upload to {self.hub_model_id} failed: {_short(error)}. {self._how_to_push()}")
+                logger.error(f"The upload to {self.hub_model_id} failed: {first_line(error)}. {self._how_to_push()}")
                 return None
             logger.warning(
-                f"The upload to {self.hub_model_id} failed: {_short(error)}. Trying again in "
+                f"The upload to {self.hub_model_id} failed: {first_line(error)}. Trying again in "
                 f"{self.hub_retry_pause:.0f} s."
             )
             time.sleep(self.hub_retry_pause)
@@ -164,8 +162,8 @@ class HubUploadMixin:
     def _warn_if_failed(self, job: futures.Future) -> None:
         if not job.cancelled() and (error := job.exception()) is not None:
             logger.warning(
-                f"An upload to {self.hub_model_id} failed: {_short(error)}. Training goes on, checkpoints are on the "
-                "local disk, and the next save pushes again."
+                f"An upload to {self.hub_model_id} failed: {first_line(error)}. Training goes on, checkpoints are on "
+                "the local disk, and the next save pushes again."
             )
 
     def _how_to_push(self) -> str:
@@ -190,55 +188,6 @@ def _is_final(error: BaseException) -> bool:
     return False
 
 
-def _short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Type and first line: the Hub's errors go on with request ids and advice."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
-
-
-def fetch_newest_checkpoint(
-    repo_id: str, output_dir: str, token: str | None = None, revision: str | None = None
-) -> str | None:
-    """
-    Bring the newest checkpoint of a repository to `output_dir/checkpoint-N`, where a run keeps its own.
-
-    The repository was written with `hub_strategy="checkpoint"` or `"all_checkpoints"`. The folder does not keep its
-    name there: what lies in `output_dir/last-checkpoint` is part of every later upload of the model, which would bring
-    the old checkpoint back over the new one.
-
-    Returns:
-        `str` or `None`: Folder for `resume_from_checkpoint`; `None` if there is no such repository, or no complete
-        checkpoint in it. A complete `output_dir/checkpoint-N` is not downloaded again.
-
-    Raises:
-        HfHubHTTPError, OSError: If the Hub cannot be reached or refuses.
-    """
-    access = {"token": token, "revision": revision}
-    try:
-        names = HfApi().list_repo_files(repo_id, **access)
-    except RepositoryNotFoundError:
-        return None
-    steps = {}
-    for folder in (name.removesuffix(f"/{TRAINER_STATE_NAME}") for name in names if name.endswith(TRAINER_STATE_NAME)):
-        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder):
-            steps[folder] = int(match[1])
-        elif folder == LAST_CHECKPOINT:
-            steps[folder] = _step_of(hf_hub_download(repo_id, f"{folder}/{TRAINER_STATE_NAME}", **access))
-    for folder in sorted(steps, key=steps.get, reverse=True):
-        target = checkpoint_folder(Path(output_dir), steps[folder])
-        if why_incomplete(target) is None:
-            return str(target)
-        download = Path(output_dir) / DOWNLOAD_FOLDER
-        snapshot_download(repo_id, allow_patterns=f"{folder}/*", local_dir=download, **access)
-        if reason := why_incomplete(download / folder):
-            logger.warning(f"{folder} of {repo_id} is not complete ({reason}) and is left out.")
-            continue
-        if target.exists():
-            set_aside(target)
-        (download / folder).rename(target)
-        shutil.rmtree(download)
-        return str(target)
-    return None
-
-
-def _step_of(state_file: str) -> int:
-    return int(json.loads(Path(state_file).read_text(encoding="utf-8"))["global_step"])

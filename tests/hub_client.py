@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from entrocraft_trl import EntrocraftGRPOTrainer
 from entrocraft_trl.cli.train import fetch_from_hub, resolve_checkpoint
-from entrocraft_trl.hub import fetch_newest_checkpoint
+from entrocraft_trl.hub_download import fetch_newest_checkpoint, find_commit
 
 
 # huggingface_hub waits 1, 2, 4, 8 and 8 seconds between its tries; the tests need the tries, not the waits.
@@ -79,6 +79,11 @@ def build(folder, repository=None, callbacks=(), model=None, peft_config=None, t
     return trainer
 
 
+def fetch_newest(repository, folder):
+    commit = find_commit(repository)
+    return commit and fetch_newest_checkpoint(commit, folder)
+
+
 def curve(trainer):
     return [tiny.history(trainer, f"entrocraft/{key}") for key in ("entropy", "entropy_low", "accepted_rollouts")]
 
@@ -108,14 +113,14 @@ def train_lose_and_go_on() -> dict:
     whole = build("whole")
     whole.train()
 
-    nothing_yet = fetch_newest_checkpoint("tester/round-trip", "fresh")
+    nothing_yet = fetch_newest("tester/round-trip", "fresh")
     first = build("first", "round-trip", hub_strategy="checkpoint", callbacks=[StopAt(2)])
     first.train()
 
     second = build("fresh", "round-trip", hub_strategy="checkpoint", resume_from_checkpoint="hub")
     fetch_from_hub(second.args, dry_run=False)
     fetched = sorted(path.name for path in Path("fresh").iterdir())
-    again = fetch_newest_checkpoint("tester/round-trip", "fresh")
+    again = fetch_newest("tester/round-trip", "fresh")
     second.train(resume_from_checkpoint=resolve_checkpoint(second.args.resume_from_checkpoint, "fresh"))
     pushed = second.push_to_hub()
     ours, theirs = dict(second.model.named_parameters()), dict(whole.model.named_parameters())
@@ -136,7 +141,7 @@ def train_lose_and_go_on() -> dict:
 def all_checkpoints() -> dict:
     trainer = build("all", "all-checkpoints", hub_strategy="all_checkpoints", callbacks=[WaitForUploads()])
     trainer.train()
-    return {"checkpoint": fetch_newest_checkpoint("tester/all-checkpoints", "all-again")}
+    return {"checkpoint": fetch_newest("tester/all-checkpoints", "all-again")}
 
 
 def plain() -> dict:
@@ -144,7 +149,7 @@ def plain() -> dict:
     trainer = build("plain", "plain", hub_strategy="every_save")
     trainer.train()
     trainer.save_model()
-    return {"checkpoint": fetch_newest_checkpoint("tester/plain", "plain-again")}
+    return {"checkpoint": fetch_newest("tester/plain", "plain-again")}
 
 
 def local() -> dict:

@@ -11,6 +11,8 @@ how the server behaves, so that one client process can meet every behaviour:
 - `stalling`: large files get no answer until the client gives up.
 - `recovering`: the first upload gets status 503 on all six tries that huggingface_hub makes; later ones pass.
 - `gone`: after the first commit, connections are closed without an answer.
+- `mute`: what reads gets no answer until the client gives up.
+- `moving`: whenever the newest commit was read, another one follows.
 """
 
 import base64
@@ -37,6 +39,7 @@ class Repository:
         self.upload_requests = 0
         self.commits: list[tuple[str, str, dict[str, bytes]]] = []
         self.lock = threading.Lock()
+        self.upcoming: list[dict[str, bytes]] = []  # the next commits of `moving`
         self.commit("initial commit", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, ())
 
     @property
@@ -99,6 +102,12 @@ class HubServer:
         self._server.handle_error = lambda *_: None  # clients that give up are part of the tests
         port = self._server.server_address[1]
         self.url, self.storage_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+
+    def add(self, repository: str, files: dict[str, bytes]) -> Repository:
+        """A repository that someone else has pushed to."""
+        self.repositories[repository] = Repository(repository)
+        self.repositories[repository].commit("files", files, ())
+        return self.repositories[repository]
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -197,8 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
         elif (found := repository.at(revision)) is None:
             self._json({"error": "Invalid rev id"}, 404, **{"X-Error-Code": "RevisionNotFound"})
+        elif name.startswith("mute"):
+            self._never()
         else:
             answer(f"{user}/{name}", *found)
+            if name.startswith("moving") and revision == "main" and repository.upcoming:
+                repository.commit("and on", repository.upcoming.pop(0), ())
 
     # ------------------------------------------------------------------------------------------------------ endpoints
 
@@ -290,6 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self._json({"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound"})
         content = files[path]
+        self.hub.blobs.setdefault(hashlib.sha256(content).hexdigest(), content)
         headers = {"X-Repo-Commit": oid, "ETag": f'"{blob_id(content)}"'}
         if not is_lfs(path):
             return self._bytes(content, **headers)
