@@ -1,28 +1,36 @@
-"""The Hub during a run: uploads that neither stop training nor fail in silence, and checkpoints to resume from."""
+"""The Hub during a run: uploads that neither stop training nor fail in silence."""
 
 from __future__ import annotations
 
-import shutil
 import time
+from collections.abc import Iterator
 from concurrent import futures
-from pathlib import Path
+from contextlib import contextmanager
+from functools import cached_property
 
-from huggingface_hub import HfApi, get_session, hf_hub_download, snapshot_download, upload_folder
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from transformers.trainer import TRAINER_STATE_NAME
+from huggingface_hub import upload_folder
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .manifest import checkpoint_folder, read_step, set_aside, step_of_folder, why_incomplete
+from .background_uploads import (
+    SILENCE_LIMIT,
+    UploadQueue,
+    background_by,
+    call_at_exit,
+    limit_silence,
+    patience_is_over,
+)
 from .sigterm import pause, wait_for_jobs
 
 
 logger = logging.get_logger(__name__)
 
-LAST_CHECKPOINT = "last-checkpoint"  # folder in the repository, with hub_strategy="checkpoint"
-# transformers leaves these out of the model's own upload; a name with "_" in front is never pushed.
-NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]
-DOWNLOAD_FOLDER = "_from_hub"
+# transformers leaves these out of the model's own upload.
+NEVER_PUSHED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*")
+# Prompts and completions, in which `log_completions` may show private data; half-written checkpoints, by the name that
+# version 0.1.0 gave them.
+NOT_PUSHED = ("completions/*.parquet", f"incomplete-{PREFIX_CHECKPOINT_DIR}-*")
 
 
 class HubUploadMixin:
@@ -30,32 +38,40 @@ class HubUploadMixin:
     For trainers with `push_to_hub=True`: put it before the trainer among the bases.
 
     transformers uploads checkpoints in a background thread and never looks at how that ended; huggingface_hub sends
-    its requests without a time limit, and one that is never answered blocks all later uploads and the end of the
-    training. With this mixin a failed upload is a warning, a silent server is a failed upload, and waiting is bounded.
-    Only the first contact, in the trainer's constructor, raises: nothing is lost yet, and a wrong token shows at once.
+    its requests without a time limit, and one that is never answered blocks all later uploads, the end of the training
+    and the exit of the process. With this mixin a failed upload is a warning, a silent server is a failed upload, and
+    waiting is bounded by `hub_patience`, also at exit (where Xet is off, by one `hub_silence_limit` more). Only the
+    first contact, in the trainer's constructor, raises: nothing is lost yet, and a wrong token shows at once.
+
+    With the model go the card, the tokenizer and what else lies in `output_dir`, but for what `hub_not_pushed` names:
+    checkpoints, and the prompts and completions that `log_completions` writes. `hub_strategy="checkpoint"` and
+    `"all_checkpoints"` push checkpoints too, and these hold the rollouts (token ids) that were still to be trained on,
+    and with `log_completions` the last table of prompts and completions: for data that are not public, the repository
+    must be private (`hub_private_repo=True`).
     """
 
-    # Seconds without a byte after which a request counts as failed. A large commit may keep the Hub busy for a while.
-    hub_silence_limit = 60.0
+    # Seconds without a byte after which a request counts as failed.
+    hub_silence_limit = SILENCE_LIMIT
     # Seconds that the run waits for the Hub, in all, when it has nothing else left to do.
     hub_patience = 900.0
     hub_retry_pause = 20.0
+    # Patterns of what stays on this machine, besides transformers' own. Set it to () to publish completions as well.
+    hub_not_pushed = NOT_PUSHED
     _hub_waited = 0.0
     # Set when SIGTERM comes: there is no time to wait.
     sigterm_received = False
 
     def init_hf_repo(self, *args, **kwargs):
-        self._limit_silence()
+        limit_silence(self.hub_silence_limit)
         return super().init_hf_repo(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        self._limit_silence()
-        before, running = self._all_jobs(), self._upload_jobs()
-        super()._push_from_checkpoint(checkpoint_folder)
-        new = [job for job in self._all_jobs() if job not in before]
-        for job in new:  # one that has failed already is told at once
+        running = self._upload_jobs()
+        with self._uploading() as started:
+            super()._push_from_checkpoint(checkpoint_folder)
+        for job in started:  # one that has failed already is told at once
             job.add_done_callback(self._warn_if_failed)
-        if running and not new:
+        if running and not started:
             logger.warning(
                 f"The checkpoint of step {self.state.global_step} was not pushed to {self.hub_model_id}, because an "
                 "earlier upload is still running. It is complete on the local disk."
@@ -75,8 +91,8 @@ class HubUploadMixin:
             `CommitInfo`; with `blocking=False` a `Future` of it; `None` if the upload failed or goes on in the
             background, which was then logged, and on all processes but the main one.
         """
-        self._limit_silence()
-        job = super().push_to_hub(commit_message, blocking=False, token=token, revision=revision, **kwargs)
+        with self._uploading():
+            job = super().push_to_hub(commit_message, blocking=False, token=token, revision=revision, **kwargs)
         if job is None:
             return None
         if not blocking:
@@ -91,59 +107,74 @@ class HubUploadMixin:
                 self._hub_waited = 0.0
                 return job.result()
             if _is_final(error) or self._hub_waited >= self.hub_patience or self.sigterm_received:
-                logger.error(f"The upload to {self.hub_model_id} failed: {_short(error)}. {self._how_to_push()}")
+                logger.error(f"The upload to {self.hub_model_id} failed: {first_line(error)}. {self._how_to_push()}")
                 return None
             logger.warning(
-                f"The upload to {self.hub_model_id} failed: {_short(error)}. Trying again in "
+                f"The upload to {self.hub_model_id} failed: {first_line(error)}. Trying again in "
                 f"{self.hub_retry_pause:.0f} s."
             )
             pause(self.hub_retry_pause, lambda: self.sigterm_received)
             self._hub_waited += self.hub_retry_pause
-            self._limit_silence()
             # The model is on disk. The parent would save it again, together with ranks that have long moved on.
-            job = upload_folder(
-                repo_id=self.hub_model_id,
-                folder_path=self.args.output_dir,
-                commit_message=commit_message,
-                token=token if token is not None else self.args.hub_token,
-                revision=revision if revision is not None else self.args.hub_revision,
-                ignore_patterns=list(NOT_PUSHED),
-                run_as_future=True,
-            )
+            with self._uploading():
+                job = upload_folder(
+                    repo_id=self.hub_model_id,
+                    folder_path=self.args.output_dir,
+                    commit_message=commit_message,
+                    token=token if token is not None else self.args.hub_token,
+                    revision=revision if revision is not None else self.args.hub_revision,
+                    ignore_patterns=list(NEVER_PUSHED),
+                    run_as_future=True,
+                )
 
-    def _all_jobs(self) -> list[futures.Future]:
-        push = getattr(self, "push_in_progress", None)  # the main process has it, after the first contact
-        return [] if push is None else list(push.jobs)
+    @cached_property
+    def _upload_queue(self) -> UploadQueue:
+        call_at_exit(self._wait_at_exit)
+        return UploadQueue()
+
+    def _wait_at_exit(self) -> None:
+        if self._hub_waited < self.hub_patience:
+            self._finish_current_push()
+
+    @contextmanager
+    def _uploading(self) -> Iterator[list[futures.Future]]:
+        """Uploads of the parent's that start within join our queue. Yields them."""
+
+        def submit(upload, *args, **kwargs):
+            if "ignore_patterns" in kwargs:  # the model's; a checkpoint is pushed as it is
+                kwargs["ignore_patterns"] = [*kwargs["ignore_patterns"], *self.hub_not_pushed]
+            return self._upload_queue.submit(upload, *args, **kwargs)
+
+        limit_silence(self.hub_silence_limit)
+        with background_by(submit) as jobs:
+            yield jobs
 
     def _upload_jobs(self) -> list[futures.Future]:
-        """Uploads of checkpoints that are still running."""
-        return [job for job in self._all_jobs() if not job.done()]
+        """Uploads that are not done."""
+        return self._upload_queue.pending() if "_upload_queue" in vars(self) else []
 
     def _wait(self, jobs: list[futures.Future]) -> bool:
         """Whether all jobs ended within what is left of the patience, which waiting uses up."""
         start = time.monotonic()
         pending = wait_for_jobs(jobs, max(self.hub_patience - self._hub_waited, 0.0), lambda: self.sigterm_received)
         self._hub_waited += time.monotonic() - start
+        if pending:
+            patience_is_over.set()
         return not pending
-
-    def _limit_silence(self) -> None:
-        # Set anew before each upload: huggingface_hub makes a new session, without a limit, after a failed connection.
-        session = get_session()
-        if session.timeout.read is None:
-            session.timeout = self.hub_silence_limit
 
     def _warn_if_failed(self, job: futures.Future) -> None:
         if not job.cancelled() and (error := job.exception()) is not None:
             logger.warning(
-                f"An upload to {self.hub_model_id} failed: {_short(error)}. Training goes on, checkpoints are on the "
-                "local disk, and the next save pushes again."
+                f"An upload to {self.hub_model_id} failed: {first_line(error)}. Training goes on, checkpoints are on "
+                "the local disk, and the next save pushes again."
             )
 
     def _how_to_push(self) -> str:
         folder = self.args.output_dir
+        excluded = " ".join(f'--exclude "{pattern}"' for pattern in (*NEVER_PUSHED, *self.hub_not_pushed))
         return (
             f'The model is saved in {folder!r}; push it later with: hf upload {self.hub_model_id} "{folder}" . '
-            f'--exclude "{PREFIX_CHECKPOINT_DIR}-*"'
+            f"{excluded}"
         )
 
 
@@ -160,54 +191,6 @@ def _is_final(error: BaseException) -> bool:
     return False
 
 
-def _short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Type and first line: the Hub's errors go on with request ids and advice."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
-
-
-def fetch_newest_checkpoint(
-    repo_id: str, output_dir: str, token: str | None = None, revision: str | None = None
-) -> str | None:
-    """
-    Bring the newest checkpoint of a repository to `output_dir/checkpoint-N`, where a run keeps its own.
-
-    The repository was written with `hub_strategy="checkpoint"` or `"all_checkpoints"`. The folder does not keep its
-    name there: what lies in `output_dir/last-checkpoint` is part of every later upload of the model, which would bring
-    the old checkpoint back over the new one.
-
-    Returns:
-        `str` or `None`: Folder for `resume_from_checkpoint`; `None` if there is no such repository, or no complete
-        checkpoint in it. A complete `output_dir/checkpoint-N` is not downloaded again.
-
-    Raises:
-        HfHubHTTPError, OSError: If the Hub cannot be reached or refuses.
-    """
-    access = {"token": token, "revision": revision}
-    try:
-        names = HfApi().list_repo_files(repo_id, **access)
-    except RepositoryNotFoundError:
-        return None
-    steps = {}
-    for folder in (name.removesuffix(f"/{TRAINER_STATE_NAME}") for name in names if name.endswith(TRAINER_STATE_NAME)):
-        step = step_of_folder(folder)
-        if folder == LAST_CHECKPOINT:
-            step = read_step(Path(hf_hub_download(repo_id, f"{folder}/{TRAINER_STATE_NAME}", **access)))
-        if isinstance(step, str):
-            logger.warning(f"{folder} of {repo_id} is not complete ({step}) and is left out.")
-        elif step is not None:
-            steps[folder] = step
-    for folder in sorted(steps, key=steps.get, reverse=True):
-        target = checkpoint_folder(Path(output_dir), steps[folder])
-        if why_incomplete(target) is None:
-            return str(target)
-        download = Path(output_dir) / DOWNLOAD_FOLDER
-        snapshot_download(repo_id, allow_patterns=f"{folder}/*", local_dir=download, **access)
-        if reason := why_incomplete(download / folder):
-            logger.warning(f"{folder} of {repo_id} is not complete ({reason}) and is left out.")
-            continue
-        if target.exists():
-            set_aside(target)
-        (download / folder).rename(target)
-        shutil.rmtree(download)
-        return str(target)
-    return None

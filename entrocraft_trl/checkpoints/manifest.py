@@ -24,7 +24,7 @@ from ..atomic import PARTIAL, write_atomically
 
 MANIFEST_NAME = "entrocraft_files.json"
 RANK_FILE = "entrocraft_rank_{}.pt"
-ASIDE = "incomplete-"
+ASIDE = "_incomplete-"  # transformers pushes no name that starts with "_"
 
 _FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)")  # as transformers writes it: no "checkpoint-010"
 _TENSOR_FILES = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
@@ -211,12 +211,12 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 def set_aside(folder: Path) -> Path:
     """
-    Rename a half-written checkpoint, so that neither rotation nor another tool takes it for the newest. One is kept of
-    each step: with every kill in the same place, a large model would fill the disk.
+    Rename a half-written checkpoint, so that neither rotation nor another tool takes it for the newest, and no push
+    for a part of the model. The last one is kept: with every kill, a large model would fill the disk.
     """
-    target = folder.with_name(ASIDE + folder.name)
-    _remove(target)
-    return folder.rename(target)
+    for old in folder.parent.glob(f"{ASIDE}{PREFIX_CHECKPOINT_DIR}-*"):
+        _remove(old)
+    return folder.rename(folder.with_name(ASIDE + folder.name))
 
 
 def _remove(path: Path) -> None:

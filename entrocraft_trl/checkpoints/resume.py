@@ -65,7 +65,7 @@ class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 A checkpoint folder; or `True` for the newest complete one in `args.output_dir`. Newer folders in which
-                something is missing are renamed to `incomplete-checkpoint-...`.
+                something is missing are renamed to `_incomplete-checkpoint-...`.
 
         Raises:
             ValueError: If there is no complete checkpoint, the given one is not, `output_dir` is in use by another
@@ -141,7 +141,7 @@ class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
             )
         newest = max(complete)
         if self.args.should_save:
-            for step, reason in found.items():
+            for step, reason in reversed(found.items()):  # of those set aside, the newest is kept
                 if step > newest:
                     aside = set_aside(checkpoint_folder(run, step))
                     logger.warning(

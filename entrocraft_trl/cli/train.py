@@ -75,10 +75,9 @@ def fetch_from_hub(args: EntrocraftGRPOConfig, dry_run: bool) -> None:
     args.resume_from_checkpoint = "auto"
     if dry_run:
         return
-    from ..checkpoints.hub import fetch_newest_checkpoint
+    from ..checkpoints.hub_download import fetch_for_all
 
-    with args.main_process_first():  # one download a node; the others then find it complete
-        fetch_newest_checkpoint(args.hub_model_id, args.output_dir, args.hub_token, args.hub_revision)
+    fetch_for_all(args)
 
 
 def main(argv: list[str]) -> None:

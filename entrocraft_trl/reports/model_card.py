@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..atomic import write_atomically
+from .hub_names import drop_paths, is_hub_name
 from .live import ENTROPY, HIGH, LOW, newest_reading
 
 
@@ -33,7 +34,10 @@ REJECTED = {
 
 
 class ModelCardMixin:
-    """For trainers that mix in entropy control: TRL's model card, with the paper and a section on entropy."""
+    """
+    For trainers that mix in entropy control: TRL's model card, with the paper and a section on entropy, and without
+    paths of this machine.
+    """
 
     _tag_names = ["trl", "entrocraft"]
     _name = "Entrocraft"
@@ -50,14 +54,24 @@ class ModelCardMixin:
             }"""),
     }
 
-    def create_model_card(self, *args, **kwargs):
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """TRL's card with a section on entropy. `dataset_name` is left out if it is a local file or folder."""
+        if dataset_name is not None and not is_hub_name(dataset_name):
+            dataset_name = None
+        super().create_model_card(model_name, dataset_name, tags)
         if not self.is_world_process_zero():
             return
+        folder = Path(self.args.output_dir)
+        drop_paths(folder / CARD)
         try:
-            self._add_entropy_section(Path(self.args.output_dir))
+            self._add_entropy_section(folder)
         except Exception as error:  # the card is written at every save, where an error would end the run
             logger.warning(f"The model card got no section on entropy: {type(error).__name__}: {error}")
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # PEFT wrote a card of its own
+            drop_paths(Path(output_dir if output_dir is not None else self.args.output_dir) / CARD)
 
     def _add_entropy_section(self, folder: Path) -> None:
         log = self.state.log_history

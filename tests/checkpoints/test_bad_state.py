@@ -274,7 +274,7 @@ def test_what_lies_where_a_half_written_checkpoint_goes_is_replaced(checkpoint, 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "kept").touch()
-    aside = checkpoint.with_name("incomplete-checkpoint-2")
+    aside = checkpoint.with_name("_incomplete-checkpoint-2")
     if kind == "file":
         aside.touch()
     else:

@@ -62,7 +62,7 @@ def test_incomplete_folder_is_named_passed_over_and_set_aside(run, spoil, reason
     with caplog.at_level(logging.WARNING, logger="entrocraft_trl.checkpoints.resume"):
         assert trainer._newest_complete_checkpoint() == str(run / "checkpoint-2")
     assert "checkpoint-3 is not complete" in caplog.text and reason in caplog.text
-    assert not (run / "checkpoint-3").exists() and (run / "incomplete-checkpoint-3").exists()
+    assert not (run / "checkpoint-3").exists() and (run / "_incomplete-checkpoint-3").exists()
     assert list_checkpoints(run) == {2: None, 1: None}
 
 
@@ -126,13 +126,31 @@ def test_other_folders_are_no_checkpoints(run):
     assert list(list_checkpoints(run)) == [3, 2, 1]
 
 
-def test_one_incomplete_folder_is_kept_of_each_step(run):
-    (run / "checkpoint-2" / "trainer_state.json").unlink()
+def test_only_the_incomplete_folder_set_aside_last_is_kept(run, tmp_path):
     (run / "checkpoint-3" / "marker").touch()
-    set_aside(run / "checkpoint-3")
+    assert set_aside(run / "checkpoint-3") == run / "_incomplete-checkpoint-3"
     (run / "checkpoint-2").rename(run / "checkpoint-3")
-    assert set_aside(run / "checkpoint-3") == run / "incomplete-checkpoint-3"
-    assert not (run / "incomplete-checkpoint-3" / "marker").exists()
+    set_aside(run / "checkpoint-3")
+    assert not (run / "_incomplete-checkpoint-3" / "marker").exists()
+    set_aside(run / "checkpoint-1")
+    assert [path.name for path in run.glob("*incomplete*")] == ["_incomplete-checkpoint-1"]
+
+
+def test_of_several_incomplete_folders_the_newest_is_kept(run):
+    for step in (2, 3):
+        (run / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    assert build(str(run))._newest_complete_checkpoint() == str(run / "checkpoint-1")
+    assert [path.name for path in run.glob("*incomplete*")] == ["_incomplete-checkpoint-3"]
+
+
+def test_setting_aside_follows_no_link(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    (run / "_incomplete-checkpoint-3").symlink_to(tmp_path / "elsewhere")
+    (run / "_incomplete-checkpoint-2").touch()
+    set_aside(run / "checkpoint-3")
+    assert (run / "_incomplete-checkpoint-3" / "model.safetensors").exists()
+    assert (tmp_path / "elsewhere" / "file").exists() and not (run / "_incomplete-checkpoint-2").exists()
 
 
 def test_atomic_writing_leaves_the_old_file_when_it_fails(tmp_path):

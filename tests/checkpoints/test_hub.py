@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
+from collections import Counter
 from concurrent import futures
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 from hub_server import HubServer
-from huggingface_hub import ModelCard, close_session, errors, get_session
+from huggingface_hub import HfApi, ModelCard, close_session, errors, get_session
 
 from entrocraft_trl.checkpoints import hub as hub_module
 from entrocraft_trl.checkpoints.hub import HubUploadMixin, _is_final
@@ -31,20 +34,24 @@ def hub(tmp_path_factory):
     """The server after all runs, the folder of the runs, and what the client saw."""
     folder = tmp_path_factory.mktemp("hub")
     with HubServer() as server:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": server.url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # the server speaks the LFS protocol only
-            "HF_HOME": str(folder / "home"),
-            "NO_PROXY": "127.0.0.1,localhost",
-            "PYTHONPATH": str(HELPERS.parents[1]),
-        }
+        environment = client_environment(server, folder)
         client = [sys.executable, str(HELPERS / "hub_client.py"), "results.json"]
         # All runs together take about 20 seconds on an idle core; a hang is a failure, with the client's last words.
         done = subprocess.run(client, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         yield server, folder, json.loads((folder / "results.json").read_text())
+
+
+def client_environment(server: HubServer, folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",  # the server speaks the LFS protocol only
+        "HF_HOME": str(folder / "home"),
+        "NO_PROXY": "127.0.0.1,localhost",
+        "PYTHONPATH": str(HELPERS.parents[1]),
+    }
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -120,6 +127,57 @@ def test_default_strategy_pushes_models_without_checkpoints(hub):
     assert repository.files["model.safetensors"] == (folder / "plain" / "model.safetensors").read_bytes()
 
 
+def test_no_card_names_a_place_on_this_machine(hub):
+    server, folder, results = hub
+    # The server refuses cards that do: the checkpoints' too, in which PEFT names the folder of the starting policy.
+    assert results["local"]["messages"] == [] and results["local"]["commit"] is not None
+    repository = server.repositories["tester/local"]
+    cards = {path: files[path].decode() for _, _, files in repository.commits for path in files if path[-3:] == ".md"}
+    assert set(cards) == {"README.md", "last-checkpoint/README.md"}
+    cards |= {str(path): path.read_text() for path in (folder / "local").rglob("*.md")}
+    assert not [name for name, card in cards.items() if str(folder) in card]
+    assert "on the [" not in cards["README.md"] and "## Entropy control" in cards["README.md"]
+
+
+# -------------------------------------------------------------------------------------------------- what is not pushed
+
+
+def paths_of(files: dict[str, bytes]) -> set[str]:
+    return {path for path in files if not path.startswith("last-checkpoint/")}
+
+
+def test_completions_and_half_written_checkpoints_stay_here(hub):
+    server, folder, _ = hub
+    local = files_under(folder / "local")
+    assert any(path.startswith("completions/") for path in local)  # TRL's file of prompts and completions
+    for _, _, files in server.repositories["tester/local"].commits:
+        top = {path.split("/")[0] for path in files if "/" in path}
+        assert top <= {"last-checkpoint"}, top
+    assert "adapter_model.safetensors" in files and "training_args.bin" in files
+
+
+def test_completions_are_pushed_if_asked_for(hub):
+    server, folder, _ = hub
+    pushed = server.repositories["tester/asked"].files
+    (path,) = [path for path in files_under(folder / "asked") if path.endswith(".parquet")]
+    assert pushed[path] == (folder / "asked" / path).read_bytes()
+
+
+def test_the_command_that_we_print_pushes_what_the_run_pushes(hub):
+    server, folder, results = hub
+    repository = server.repositories["tester/local"]
+    before = paths_of(repository.files)
+    command = results["local"]["how_to_push"].partition("later with: ")[2]
+    assert command.startswith('hf upload tester/local "local" . --exclude ')
+    command = command.replace("tester/local", "tester/by-hand", 1)
+    environment = {**client_environment(server, folder), "HF_TOKEN": "hf_test"}
+    hf = Path(sys.executable).with_name("hf")
+    line = [str(hf), *shlex.split(command)[1:]]
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert paths_of(server.repositories["tester/by-hand"].files) == before
+
+
 # ------------------------------------------------------------------------------------------------------- a broken Hub
 
 
@@ -144,14 +202,20 @@ def test_last_push_gives_up_and_says_how_to_push_later(hub, trouble):
     _, _, results = hub
     seen = results[trouble]
     assert seen["commit"] is None
-    assert any(
-        f'hf upload tester/{trouble} "{trouble}" . --exclude "checkpoint-*"' in text for text in seen["messages"]
-    )
+    assert any(f'hf upload tester/{trouble} "{trouble}" . --exclude "_*"' in text for text in seen["messages"])
     retries = sum("Trying again" in text for text in seen["messages"])
     if trouble != "silent":  # whose silence may use up all the patience
         assert (retries > 0) == (trouble != "forbidden"), seen  # a refused token stays refused
     # Patience is 1 second; the rest is saving the model, drawing the figure, and a loaded machine.
     assert seen["seconds_training"] + seen["seconds_pushing"] < 60
+
+
+def test_a_process_ends_under_its_uploads(hub):
+    server, folder, _ = hub
+    # Python waits for these threads: for the request that is under way, not for all six tries.
+    tries = Counter(request for request in server.requests if "/stalled/" in request)
+    assert len(tries) > 1 and max(tries.values()) < 6, tries
+    assert (folder / "left.txt").exists()
 
 
 def test_last_push_makes_up_for_failed_ones(hub):
@@ -162,15 +226,13 @@ def test_last_push_makes_up_for_failed_ones(hub):
 
 
 class Parent:
-    """What the mixin needs of a trainer whose uploads are given."""
+    """What the mixin needs of a trainer, and of one whose uploads are given."""
 
-    def __init__(self, *jobs):
+    def __init__(self):
         self.args = SimpleNamespace(output_dir="run", hub_token=None, hub_revision=None)
         self.hub_model_id = "tester/stuck"
         self.state = SimpleNamespace(global_step=4)
-        self.push_in_progress = SimpleNamespace(jobs=list(jobs))
-        self.final = futures.Future()
-        self.next_job = None
+        self.upload = None
 
     def is_world_process_zero(self):
         return True
@@ -181,18 +243,26 @@ class Parent:
     def push_to_hub(self, commit_message, blocking, token, revision):
         assert blocking is False  # the parent's own waiting has no limit
         self._finish_current_push()
-        return self.final
+        return HfApi().run_as_future(self.upload)
 
     def _push_from_checkpoint(self, folder):
-        if self.next_job is not None:  # transformers starts no upload while one is running
-            self.push_in_progress.jobs.append(self.next_job)
+        if self.upload is not None:  # transformers starts no upload while one is running
+            HfApi().run_as_future(self.upload)
 
 
 class Uploads(HubUploadMixin, Parent):
     hub_patience = 0.2
 
 
-def test_an_upload_that_never_ends_does_not_hold_the_run(caplog, monkeypatch):
+@pytest.fixture
+def stuck():
+    """An upload that ends with the test."""
+    end = threading.Event()
+    yield end.wait
+    end.set()
+
+
+def test_an_upload_that_never_ends_does_not_hold_the_run(caplog, monkeypatch, stuck):
     limits = []
 
     def wait(jobs, timeout):
@@ -201,7 +271,9 @@ def test_an_upload_that_never_ends_does_not_hold_the_run(caplog, monkeypatch):
 
     futures_wait = futures.wait
     monkeypatch.setattr(hub_module.futures, "wait", wait)
-    trainer = Uploads(futures.Future())
+    trainer = Uploads()
+    trainer.upload = stuck
+    trainer._push_from_checkpoint("run/checkpoint-4")
     assert trainer.push_to_hub() is None
     assert limits == [0.2, 0.0]  # one patience for all waiting: the checkpoint's upload left nothing for the model's
     assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
@@ -219,12 +291,17 @@ def test_sigterm_ends_the_waiting_and_the_retries(caplog, monkeypatch):
     assert "Trying again" not in caplog.text and "failed: ConnectionError" in caplog.text
 
 
-def test_a_save_that_is_not_pushed_is_said(caplog):
-    trainer = Uploads(futures.Future())
+def test_a_save_that_is_not_pushed_is_said(caplog, stuck):
+    trainer = Uploads()
+    trainer.upload = stuck
+    trainer._push_from_checkpoint("run/checkpoint-2")
+    assert caplog.text == ""
+    trainer.upload = None
     trainer._push_from_checkpoint("run/checkpoint-4")
     assert "step 4 was not pushed to tester/stuck" in caplog.text
     caplog.clear()
-    trainer.push_in_progress.jobs[0].set_result(None)
+    stuck.__self__.set()
+    futures.wait(trainer._upload_jobs())
     trainer._push_from_checkpoint("run/checkpoint-4")
     assert caplog.text == ""
 
@@ -252,32 +329,29 @@ def test_only_troubles_of_the_hub_are_tried_again(error, final):
     assert _is_final(wrapped) is final
 
 
-def test_an_upload_that_fails_at_once_is_said_too(caplog):
-    failed = futures.Future()
-    failed.set_exception(ConnectionError("no route to host\nRequest ID: 1"))
+def test_an_upload_that_fails_is_said_too(caplog):
+    start, told = threading.Event(), threading.Event()
+
+    def upload():
+        start.wait()
+        raise ConnectionError("no route to host\nRequest ID: 1")
+
     trainer = Uploads()
-    trainer.next_job = failed
+    trainer.upload = upload
     trainer._push_from_checkpoint("run/checkpoint-4")
+    trainer._upload_jobs()[0].add_done_callback(lambda job: told.set())  # after the one that logs
+    start.set()
+    told.wait()
     (message,) = caplog.messages
     assert message.startswith("An upload to tester/stuck failed: ConnectionError: no route to host. Training goes on")
 
 
-def test_requests_get_a_limit_and_keep_one_that_is_set(monkeypatch):
-    session = SimpleNamespace(timeout=SimpleNamespace(read=None))
-    monkeypatch.setattr(hub_module, "get_session", lambda: session)
-    Uploads()._limit_silence()
-    assert session.timeout == HubUploadMixin.hub_silence_limit
-    session.timeout = SimpleNamespace(read=5.0)
-    Uploads()._limit_silence()
-    assert session.timeout.read == 5.0
-
-
 def test_first_contact_has_a_limit_and_raises(monkeypatch):
-    session = SimpleNamespace(timeout=SimpleNamespace(read=None))
-    monkeypatch.setattr(hub_module, "get_session", lambda: session)
+    limits = []
+    monkeypatch.setattr(hub_module, "limit_silence", limits.append)
     with pytest.raises(ConnectionError, match="no Hub here"):
         Uploads().init_hf_repo()  # before any training: nothing is lost, and a wrong token shows at once
-    assert session.timeout == HubUploadMixin.hub_silence_limit
+    assert limits == [60.0]
 
 
 def test_default_session_of_huggingface_hub_has_no_limit():

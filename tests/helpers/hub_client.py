@@ -6,6 +6,7 @@ Training runs against the loopback Hub, in a process of their own: huggingface_h
 Writes what was seen as JSON; test_hub.py judges it.
 """
 
+import atexit
 import json
 import logging
 import sys
@@ -19,10 +20,11 @@ import tiny
 import torch
 from huggingface_hub import ModelCard, close_session
 from huggingface_hub.utils import _http
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from entrocraft_trl import EntrocraftGRPOTrainer
-from entrocraft_trl.checkpoints.hub import fetch_newest_checkpoint
+from entrocraft_trl.checkpoints.hub_download import fetch_newest_checkpoint, find_commit
 from entrocraft_trl.cli.train import fetch_from_hub, resolve_checkpoint
 
 
@@ -64,16 +66,22 @@ class Messages(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def build(folder, repository=None, callbacks=(), **settings):
+def build(folder, repository=None, callbacks=(), model=None, peft_config=None, trainer_class=None, **settings):
     hub = {"push_to_hub": True, "hub_model_id": f"tester/{repository}", "hub_token": "hf_test"} if repository else {}
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **hub, **settings}
     band = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # soon left: rejections in every later step
     args = tiny.build_config(output_dir=folder, learning_rate=0.02, **band, **settings)
     data = tiny.build_dataset(64)
-    trainer = tiny.build_trainer(ImpatientTrainer, args=args, train_dataset=data, callbacks=list(callbacks))
+    given = {"model": model, "peft_config": peft_config, "callbacks": list(callbacks)}
+    trainer = tiny.build_trainer(trainer_class or ImpatientTrainer, args=args, train_dataset=data, **given)
     for callback in callbacks:
         callback.trainer = trainer
     return trainer
+
+
+def fetch_newest(repository, folder):
+    commit = find_commit(repository)
+    return commit and fetch_newest_checkpoint(commit, folder)
 
 
 def curve(trainer):
@@ -105,14 +113,14 @@ def train_lose_and_go_on() -> dict:
     whole = build("whole")
     whole.train()
 
-    nothing_yet = fetch_newest_checkpoint("tester/round-trip", "fresh")
+    nothing_yet = fetch_newest("tester/round-trip", "fresh")
     first = build("first", "round-trip", hub_strategy="checkpoint", callbacks=[StopAt(2)])
     first.train()
 
     second = build("fresh", "round-trip", hub_strategy="checkpoint", resume_from_checkpoint="hub")
     fetch_from_hub(second.args, dry_run=False)
     fetched = sorted(path.name for path in Path("fresh").iterdir())
-    again = fetch_newest_checkpoint("tester/round-trip", "fresh")
+    again = fetch_newest("tester/round-trip", "fresh")
     second.train(resume_from_checkpoint=resolve_checkpoint(second.args.resume_from_checkpoint, "fresh"))
     pushed = second.push_to_hub()
     ours, theirs = dict(second.model.named_parameters()), dict(whole.model.named_parameters())
@@ -133,7 +141,7 @@ def train_lose_and_go_on() -> dict:
 def all_checkpoints() -> dict:
     trainer = build("all", "all-checkpoints", hub_strategy="all_checkpoints", callbacks=[WaitForUploads()])
     trainer.train()
-    return {"checkpoint": fetch_newest_checkpoint("tester/all-checkpoints", "all-again")}
+    return {"checkpoint": fetch_newest("tester/all-checkpoints", "all-again")}
 
 
 def plain() -> dict:
@@ -141,7 +149,35 @@ def plain() -> dict:
     trainer = build("plain", "plain", hub_strategy="every_save")
     trainer.train()
     trainer.save_model()
-    return {"checkpoint": fetch_newest_checkpoint("tester/plain", "plain-again")}
+    return {"checkpoint": fetch_newest("tester/plain", "plain-again")}
+
+
+def local() -> dict:
+    """An adapter for a model in a local folder, trained on a local file, beside what is not to be published."""
+    start, data, run = Path("start").resolve(), Path("data").resolve(), Path("local")
+    tiny.build_model().save_pretrained(start)
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"prompt": "1+2=?"}\n')
+    for name in ("_from_hub/abc", "_incomplete-checkpoint-1", "incomplete-checkpoint-1"):
+        (run / name).mkdir(parents=True)
+        (run / name / "optimizer.pt").write_bytes(b"gigabytes")
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    waiting = {"hub_strategy": "checkpoint", "callbacks": [WaitForUploads()]}
+    trainer = build("local", "local", model=str(start), peft_config=adapter, log_completions=True, **waiting)
+    with messages_of_uploads() as told:
+        trainer.train()
+        pushed = trainer.push_to_hub(dataset_name=str(data / "train.jsonl"))
+    return {"commit": pushed.oid if pushed else None, "messages": told, "how_to_push": trainer._how_to_push()}
+
+
+class OpenTrainer(ImpatientTrainer):
+    hub_not_pushed = ()
+
+
+def completions_asked_for() -> dict:
+    trainer = build("asked", "asked", trainer_class=OpenTrainer, log_completions=True, max_steps=1)
+    trainer.train()
+    return {"commit": trainer.push_to_hub().oid}
 
 
 def trouble(repository) -> dict:
@@ -167,12 +203,24 @@ def trouble(repository) -> dict:
     }
 
 
+def leave_under_uploads(repository) -> None:
+    """The last run of the process, which is to end although large files are under way in threads of their own."""
+    trainer = build(repository, repository, hub_strategy="end", max_steps=1)
+    close_session()  # the limit belongs to the session
+    trainer.hub_silence_limit = 5.0
+    trainer.train()
+    assert trainer.push_to_hub() is None
+    atexit.register(Path("left.txt").write_text, "trackers send their last metrics at exit")
+
+
 def main(result_file: str) -> None:
     torch.set_num_threads(1)
-    results = {"round-trip": round_trip(), "all-checkpoints": all_checkpoints(), "plain": plain()}
+    runs = (round_trip, all_checkpoints, plain, local, completions_asked_for)
+    results = {run.__name__.replace("_", "-"): run() for run in runs}
     for repository in ("refusing", "forbidden", "recovering", "gone", "silent"):
         results[repository] = trouble(repository)
     Path(result_file).write_text(json.dumps(results, indent=1))
+    leave_under_uploads("stalling")
 
 
 if __name__ == "__main__":

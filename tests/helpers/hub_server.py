@@ -1,25 +1,34 @@
 """
 A loopback stand-in for the Hub: the endpoints that huggingface_hub uses for a model repository, over real HTTP.
 
-It stores real bytes: regular files come in commits, large ones by the LFS protocol, whose hash and size it checks. The
-name of a repository decides how the server behaves, so that one client process can meet every behaviour:
+It stores real bytes: regular files come in commits, large ones by the LFS protocol, whose hash and size it checks.
+Metadata of a model card that names a path in place of a repository gets status 400. The name of a repository decides
+how the server behaves, so that one client process can meet every behaviour:
 
 - `refusing`: uploads get status 500.
 - `forbidden`: uploads get status 403.
 - `silent`: uploads get no answer until the client gives up.
+- `stalling`: large files get no answer until the client gives up.
 - `recovering`: the first upload gets status 503 on all six tries that huggingface_hub makes; later ones pass.
 - `gone`: after the first commit, connections are closed without an answer.
+- `mute`: what reads gets no answer until the client gives up.
+- `moving`: whenever the newest commit was read, another one follows.
 """
 
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 LFS_SUFFIXES = (".safetensors", ".pt", ".bin", ".png")
+REPOSITORY_NAME = re.compile(r"([\w-]+/)?[\w.-]+")
+METADATA = re.compile(r"---\n(.*?)\n---", re.DOTALL)
 
 
 class Repository:
@@ -30,6 +39,7 @@ class Repository:
         self.upload_requests = 0
         self.commits: list[tuple[str, str, dict[str, bytes]]] = []
         self.lock = threading.Lock()
+        self.upcoming: list[dict[str, bytes]] = []  # the next commits of `moving`
         self.commit("initial commit", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, ())
 
     @property
@@ -60,6 +70,19 @@ def is_lfs(path: str) -> bool:
     return path.endswith(LFS_SUFFIXES)
 
 
+def metadata_errors(card: str) -> list[str]:
+    """What the Hub finds wrong with the metadata of a card: names that no model and no data set can have."""
+    found = METADATA.match(card)
+    metadata = yaml.safe_load(found[1]) if found else {}
+    errors = []
+    for field in ("base_model", "datasets"):
+        values = metadata.get(field) or []
+        for value in [values] if isinstance(values, str) else values:
+            if not REPOSITORY_NAME.fullmatch(value):
+                errors.append(f'"{field}" with value "{value}" is not valid.')
+    return errors
+
+
 def blob_id(content: bytes) -> str:
     """The id that git gives a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -79,6 +102,12 @@ class HubServer:
         self._server.handle_error = lambda *_: None  # clients that give up are part of the tests
         port = self._server.server_address[1]
         self.url, self.storage_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+
+    def add(self, repository: str, files: dict[str, bytes]) -> Repository:
+        """A repository that someone else has pushed to."""
+        self.repositories[repository] = Repository(repository)
+        self.repositories[repository].commit("files", files, ())
+        return self.repositories[repository]
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -112,7 +141,9 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "repos", "create"]:
                 self._create(**json.loads(self.body))
             case ["api", "validate-yaml"]:
-                self._json({"errors": [], "warnings": []})
+                errors = metadata_errors(json.loads(self.body)["content"])
+                messages = [{"message": error} for error in errors]
+                self._json({"errors": messages, "warnings": []}, 400 if errors else 200)
             case ["api", "models", user, name, "preupload", _]:
                 self._uploading(user, name, self._preupload)
             case ["api", "models", user, name, "commit", _]:
@@ -127,6 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._uploading(user, name.removesuffix(".git"), self._lfs_batch)
             case ["lfs", oid]:
                 self._lfs_object(oid)
+            case ["stalled", _]:
+                self._never()
             case [user, name, "resolve", revision, *path]:
                 self._reading(user, name, revision, lambda *at: self._resolve(*at, "/".join(path)))
             case _:
@@ -145,6 +178,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
+    def _never(self):
+        self.hub.release.wait()
+        self.close_connection = True
+
     def _uploading(self, user: str, name: str, answer):
         repository = self.hub.repositories.get(f"{user}/{name}")
         if repository is None:
@@ -155,8 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif name.startswith("forbidden"):
             self._json({"error": "You have no write access"}, 403)
         elif name.startswith("silent"):
-            self.hub.release.wait()
-            self.close_connection = True
+            self._never()
         elif name.startswith("recovering") and repository.upload_requests <= 6:
             self._json({"error": "Service unavailable"}, 503)
         elif name.startswith("gone") and len(repository.commits) > 2:
@@ -170,8 +206,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
         elif (found := repository.at(revision)) is None:
             self._json({"error": "Invalid rev id"}, 404, **{"X-Error-Code": "RevisionNotFound"})
+        elif name.startswith("mute"):
+            self._never()
         else:
             answer(f"{user}/{name}", *found)
+            if name.startswith("moving") and revision == "main" and repository.upcoming:
+                repository.commit("and on", repository.upcoming.pop(0), ())
 
     # ------------------------------------------------------------------------------------------------------ endpoints
 
@@ -203,11 +243,12 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return hashlib.sha256(content).hexdigest() if is_lfs(path) else blob_id(content)
 
-    def _lfs_batch(self, _):
+    def _lfs_batch(self, repository: Repository):
+        stalling = "stalling" in repository.name
         objects = []
         for item in json.loads(self.body)["objects"]:
-            if item["oid"] not in self.hub.blobs:
-                href = f"{self.hub.url}/lfs/{item['oid']}"
+            if stalling or item["oid"] not in self.hub.blobs:
+                href = f"{self.hub.url}/{'stalled' if stalling else 'lfs'}/{item['oid']}"
                 item = {**item, "actions": {"upload": {"href": href}, "verify": {"href": href}}}
             objects.append(item)
         self._json({"transfer": "basic", "objects": objects})
@@ -239,6 +280,8 @@ class _Handler(BaseHTTPRequestHandler):
                 added[value["path"]] = self.hub.blobs[value["oid"]]
             else:
                 deleted.append(value["path"])
+        if errors := metadata_errors(added.get("README.md", b"").decode()):
+            return self._json({"error": errors[0]}, 400)
         oid = repository.commit(title, added, deleted)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repository.name}/commit/{oid}"})
 
@@ -260,6 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in files:
             return self._json({"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound"})
         content = files[path]
+        self.hub.blobs.setdefault(hashlib.sha256(content).hexdigest(), content)
         headers = {"X-Repo-Commit": oid, "ETag": f'"{blob_id(content)}"'}
         if not is_lfs(path):
             return self._bytes(content, **headers)

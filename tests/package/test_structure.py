@@ -81,7 +81,7 @@ MAY_OVERRIDE = {
     PolicyReadingMixin: {"_get_per_token_logps_and_entropies"},
     EntropyControlMixin: {"_generate_and_score_completions", "compute_loss"},
     Services: {
-        *("_calculate_rewards", "evaluation_loop", "create_model_card"),  # checked, added to
+        *("_calculate_rewards", "evaluation_loop", "create_model_card", "_save"),  # checked, added to
         *("init_hf_repo", "_push_from_checkpoint", "_finish_current_push", "push_to_hub"),  # the Hub
         *("train", "_run_epoch", "save_model", "_save_checkpoint", "_save_rng_state"),  # checkpoints
         *("training_step", "_get_grad_norm"),  # finite numbers

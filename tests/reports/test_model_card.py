@@ -12,6 +12,7 @@ from trl import RLOOTrainer
 
 from entrocraft_trl import EntrocraftRLOOTrainer
 from entrocraft_trl.reports import model_card
+from entrocraft_trl.reports.hub_names import drop_paths, is_hub_name
 from entrocraft_trl.reports.model_card import BEFORE, describe_control, how_to_load, result_table
 
 
@@ -91,6 +92,57 @@ def test_card_of_each_save_is_of_that_save():
     args = tiny.build_config(max_steps=4, save_strategy="steps", save_steps=2, **BAND)
     tiny.build_trainer(Trainer, args=args).train()
     assert seen == [["2 of 4"], ["4 of 4"]]
+
+
+def test_data_and_models_are_named_if_they_are_on_the_hub():
+    trainer = tiny.build_trainer(args=tiny.build_config(**BAND))
+    trainer.model.config._name_or_path = "Qwen/Qwen3-0.6B"
+    trainer.create_model_card(dataset_name="openai/gsm8k")
+    data = ModelCard.load("run/README.md").data
+    assert (data.datasets, data.base_model) == ("openai/gsm8k", "Qwen/Qwen3-0.6B")
+    assert "[openai/gsm8k](https://huggingface.co/datasets/openai/gsm8k)" in card_of()
+
+
+def test_paths_are_left_out(tmp_path):
+    (tmp_path / "questions").mkdir()
+    trainer = tiny.build_trainer(args=tiny.build_config(**BAND))
+    # TRL leaves a folder out that is still there; a job's can be gone when the card is written.
+    trainer.model.config._name_or_path = str(tmp_path / "gone")
+    for data in (tmp_path / "train.jsonl", "questions", "data/train.jsonl", "../questions", "data/*/questions"):
+        trainer.create_model_card(dataset_name=str(data))
+        text = (Path("run") / "README.md").read_text()
+        assert str(tmp_path) not in text and "questions" not in text and "train.jsonl" not in text
+        assert "fine-tuned version of a local model." in text and "## Entropy control" in text
+
+
+def test_names_of_the_hub(tmp_path):
+    assert is_hub_name("gsm8k") and is_hub_name("openai/gsm8k") and is_hub_name("Qwen/Qwen3-0.6B")
+    (tmp_path / "openai" / "gsm8k").mkdir(parents=True)
+    assert not is_hub_name("openai/gsm8k")  # the folder is what `datasets` loads then
+    for name in ("", "/data/x", "./x", "~/x", "a/b/c", "train.csv", "data/train.JSONL", "data/*.parquet"):
+        assert not is_hub_name(name), name
+
+
+def test_the_adapters_card_keeps_what_is_public(tmp_path):
+    card = ModelCard("""---
+base_model: /models/start
+tags:
+- base_model:adapter:/models/start
+- base_model:adapter:Qwen/Qwen3-0.6B
+- lora
+datasets:
+- openai/gsm8k
+- /data/train
+---
+text
+""")
+    card.save(tmp_path / "README.md")
+    drop_paths(tmp_path / "README.md")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model is None and data.datasets == ["openai/gsm8k"]
+    assert data.tags == ["base_model:adapter:Qwen/Qwen3-0.6B", "lora"]
+    assert [path.name for path in tmp_path.glob("*.md")] == ["README.md"]  # no draft is left
+    drop_paths(tmp_path / "elsewhere" / "README.md")  # a model that is no adapter has no card of its own
 
 
 def test_card_before_the_first_reading():
