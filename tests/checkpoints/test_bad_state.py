@@ -15,7 +15,7 @@ import tiny
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from entrocraft_trl.checkpoints import hub
+from entrocraft_trl.checkpoints import hub_download
 from entrocraft_trl.checkpoints.manifest import list_checkpoints, read_step, set_aside, uncommit, why_incomplete
 from entrocraft_trl.cli.train import resolve_checkpoint
 from entrocraft_trl.control.state import ControlMemory, EntropyControlState, read_memory
@@ -284,26 +284,12 @@ def test_what_lies_where_a_half_written_checkpoint_goes_is_replaced(checkpoint, 
     assert (elsewhere / "kept").exists()
 
 
-class FakeHub:
-    """One `last-checkpoint` whose state is `content`."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def list_repo_files(self, *args, **kwargs):
-        return [f"last-checkpoint/{FILE}", "model.safetensors"]
-
-    def download(self, *args, **kwargs):
-        return str(self.path)
-
-
 @pytest.mark.parametrize("content", ["{}", "[]", "", '{"global_step": null}', '{"global_step": Infinity}'])
 def test_a_last_checkpoint_of_the_hub_without_a_step_is_left_out(content, tmp_path, monkeypatch, caplog):
     (tmp_path / FILE).write_text(content)
-    fake = FakeHub(tmp_path / FILE)
-    monkeypatch.setattr(hub, "HfApi", lambda: fake)
-    monkeypatch.setattr(hub, "hf_hub_download", fake.download)
-    assert hub.fetch_newest_checkpoint("someone/model", str(tmp_path / "run")) is None
+    monkeypatch.setattr(hub_download.Commit, "download", lambda self, name, folder, token: tmp_path / FILE)
+    commit = hub_download.Commit("someone/model", "0" * 40, (f"last-checkpoint/{FILE}", "model.safetensors"))
+    assert hub_download.fetch_newest_checkpoint(commit, str(tmp_path / "run")) is None
     assert f"last-checkpoint of someone/model is not complete ({FILE}" in caplog.text
 
 

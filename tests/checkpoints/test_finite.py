@@ -19,6 +19,7 @@ class LossIsNan(EntrocraftGRPOTrainer):
     """The loss of step `broken_step`, whose gradient stays what it is."""
 
     broken_step = 3
+    loss_normaliser = "loss_type"
 
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
@@ -92,6 +93,8 @@ def test_a_micro_step_counts():
     """Of the two losses of a step, the first is NaN; transformers puts the mean of earlier ones in its place."""
 
     class FirstOfTwo(LossIsNanAtTwo):
+        loss_normaliser = "loss_type"
+
         def _compute_loss(self, model, inputs):
             broken = super()._compute_loss(model, inputs)
             return broken if self._step % 2 == 0 else EntrocraftGRPOTrainer._compute_loss(self, model, inputs)

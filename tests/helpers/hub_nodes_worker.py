@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import tiny
-from entrocraft_trl.checkpoint import list_checkpoints
 
 from entrocraft_trl.checkpoints import background_uploads, hub_download
+from entrocraft_trl.checkpoints.manifest import list_checkpoints
 from entrocraft_trl.cli.train import fetch_from_hub
 
 
