@@ -10,13 +10,13 @@ from typing import Any
 from transformers.utils import logging
 
 from ..atomic import write_atomically
-from .live import ENTROPY, HIGH, LOW, newest_reading
+from ..metric_names import ACCEPTED, ENTROPY, HIGH, LOW
+from .log import newest_reading
 
 
 logger = logging.get_logger(__name__)
 
 CARD, FIGURE = "README.md", "entropy.png"
-ACCEPTED = "entrocraft/accepted_rollouts"
 PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BEFORE = "\n## Citations"  # heading of TRL's template that the section goes in front of
 
