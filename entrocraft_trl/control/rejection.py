@@ -7,6 +7,15 @@ Algorithm 1 of Entrocraft (arXiv 2604.26326) is `band_direction` followed by `ac
 import torch
 
 
+# Values of `rejection_rule`, and what the model card says that a rule did.
+RULES = {
+    "advantage_sign": "rollouts with a positive advantage were rejected while the entropy was below the band, and "
+    "those with a negative advantage while it was above (Algorithm 1 of the paper)",
+    "entropy_change": "rollouts whose predicted entropy change pointed the wrong way were rejected, as many as the "
+    "position of the entropy in its band called for",
+}
+
+
 def band_direction(entropy: float, low: float, high: float) -> int:
     """
     Direction `m = 1[H > h_high] - 1[H < h_low]` (Algorithm 1): -1 entropy is too low, 0 inside the band, +1 too high.
