@@ -25,7 +25,7 @@ OVERRIDDEN = {
     "_push_from_checkpoint": "failed uploads are said",
     "_finish_current_push": "waiting for an upload gets a limit",
     "push_to_hub": "the last upload is tried again",
-    "create_model_card": "the card gets its section on entropy",
+    "create_model_card": "the card gets the method's section, results and how to load",
     "evaluation_loop": "mean@n and pass@k join the metrics",
 }
 SETTINGS = (

@@ -1,5 +1,6 @@
 """What the model card says of entropy control, as Markdown lines: what was done, by which rule, along which band."""
 
+import textwrap
 from collections.abc import Callable
 
 from .config import EntropyControlConfig
@@ -7,6 +8,19 @@ from .loss_inputs import REJECTED
 from .rejection import RULES
 
 
+# What TRL's own part of the card cites.
+PAPER = {
+    "title": "Addressing Performance Saturation for LLM RL via Precise Entropy Curve Control",
+    "id": "2604.26326",
+    # docstyle-ignore
+    "citation": textwrap.dedent("""\
+        @article{li2026entrocraft,
+            title  = {{Addressing Performance Saturation for LLM RL via Precise Entropy Curve Control}},
+            author = {Bolian Li and Yifan Wang and Yi Ding and Anamika Lochab and Ananth Grama and Ruqi Zhang},
+            year   = 2026,
+            eprint = {arXiv:2604.26326},
+        }"""),
+}
 PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
