@@ -14,8 +14,10 @@ import re
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.control import HALF_WIDTH, band_knots, reading_scatter, start_of_task
+from benchmarks.control import HALF_WIDTH, band_around, band_knots, start_of_task
 from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
+from entrocraft_trl.metric_names import ENTROPY
+from entrocraft_trl.reports.log import accepted_shares, reading_scatter, rewards, rms_outside, series, share_inside
 
 
 FOLDER = Path("runs/estimators")
@@ -66,14 +68,15 @@ def train(name: str, initial: float, output_dir: str) -> dict:
         trainer, config = EntrocraftGRPOTrainer, EntrocraftGRPOConfig(**arguments)
     run = train_and_evaluate(trainer, config, expression_task(SEED, progress=False))
     # The second pass over a batch measures nothing.
-    log = [entry for entry in run.log if "entrocraft/entropy" in entry]
+    log = [entry for entry in run.log if ENTROPY in entry]
+    steps, readings = series(log, ENTROPY)
     return {
         "estimator": name,
         "centre": centre,
-        "steps": [entry["step"] - 1 for entry in log],
-        "entropy": [entry["entrocraft/entropy"] for entry in log],
-        "reward": [entry["reward"] for entry in log],
-        "accepted": [entry["entrocraft/accepted_rollouts"] for entry in log],
+        "steps": [step - 1 for step in steps],
+        "entropy": readings,
+        "reward": rewards(log),
+        "accepted": accepted_shares(log),
         "evaluation": run.evaluation,
         "seconds": run.seconds,
     }
@@ -82,11 +85,11 @@ def train(name: str, initial: float, output_dir: str) -> dict:
 def measure(record: dict) -> dict[str, float | str]:
     """Figures of one run; RMS distance outside, mean entropy and scatter in nats."""
     counted = [h for step, h in zip(record["steps"], record["entropy"], strict=True) if step >= COUNTED_FROM]
-    outside = [max(abs(h - record["centre"]) - HALF_WIDTH, 0.0) for h in counted]
+    edges = [band_around(record["centre"])] * len(counted)
     return {
         "estimator": record["estimator"],
-        "rms_outside": math.sqrt(mean(d * d for d in outside)),
-        "in_band_share": mean(d == 0.0 for d in outside),
+        "rms_outside": rms_outside(counted, edges),
+        "in_band_share": share_inside(counted, edges),
         "entropy_minus_centre": mean(counted) - record["centre"],
         "scatter": reading_scatter(counted),
         "accepted_share": mean(record["accepted"]),

@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
 
 
 def _runs(args: argparse.Namespace, run_dirs: list[str]) -> Path:
-    from ..reports.plots import plot_comparison, plot_run, read_log, save_figure
+    from ..reports.log import read_log
+    from ..reports.plots import plot_comparison, plot_run, save_figure
 
     for word in run_dirs:
         if word.startswith("-"):

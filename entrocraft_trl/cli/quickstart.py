@@ -87,14 +87,14 @@ def run(output_dir: Path, max_steps: int, seed: int) -> dict[str, Any]:
 
 def curve(log: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Entropy in nats and mean reward at each step."""
-    from ..compare.run import measured_entropies
+    from ..reports.log import entropies, rewards
 
-    return {"entropy": measured_entropies(log), "reward": [record["reward"] for record in log]}
+    return {"entropy": entropies(log), "reward": rewards(log)}
 
 
 def row(name: str, evaluation: dict[str, float], logs: dict[str, list], seconds: dict[str, float]) -> dict[str, Any]:
     """One line of the table. `final_entropy` is the mean of the last 10 readings in nats, before that of the start."""
-    from ..compare.run import measured_entropies
+    from ..reports.log import bands, entropies, final_entropy, share_inside
 
     figures = {
         "policy": name,
@@ -106,13 +106,11 @@ def row(name: str, evaluation: dict[str, float], logs: dict[str, list], seconds:
         "seconds": None,
     }
     if name in logs:
-        entropies = measured_entropies(logs[name])
+        readings = entropies(logs[name])
         # All arms share the first batch, hence the initial entropy, hence the band in nats; plain GRPO logs none.
-        band = next(log for log in logs.values() if "entrocraft/entropy_low" in log[0])
-        edges = [(record["entrocraft/entropy_low"], record["entrocraft/entropy_high"]) for record in band]
-        inside = [low <= h <= high for h, (low, high) in zip(entropies, edges, strict=True)]
-        figures["final_entropy"] = sum(entropies[-10:]) / len(entropies[-10:])
-        figures["in_band_share"] = sum(inside) / len(inside)
+        edges = next(filter(None, map(bands, logs.values())))
+        figures["final_entropy"] = final_entropy(readings)
+        figures["in_band_share"] = share_inside(readings, edges)
         figures["seconds"] = seconds[name]
     return figures
 

@@ -9,6 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
 
 from ..evaluation.accuracy import evaluate_policy
+from ..reports.log import entropies
 from ..tasks import expressions, starting_policy
 
 
@@ -138,7 +139,4 @@ def train_and_evaluate(
 
 def measured_entropies(log: Sequence[Mapping[str, Any]]) -> list[float]:
     """Batch entropies in nats, measured before any filter, in order; of a plain TRL run, TRL's own."""
-    ours = any("entrocraft/entropy" in record for record in log)
-    # TRL's `entropy` counts only what the filter left, so it never fills in for a step without a reading of ours.
-    key = "entrocraft/entropy" if ours else "entropy"
-    return [record[key] for record in log if key in record]
+    return entropies(log)

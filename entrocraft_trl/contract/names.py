@@ -29,7 +29,7 @@ OVERRIDDEN = {
     "_finish_current_push": "waiting for an upload gets a limit",
     "push_to_hub": "the last upload is tried again",
     "_save": "what is saved holds no token, and its card no path",
-    "create_model_card": "the card gets the method's section, and no path",
+    "create_model_card": "the card gets the method's section, results and how to load, and no path",
     "evaluation_loop": "mean@n and pass@k join the metrics",
 }
 SETTINGS = (

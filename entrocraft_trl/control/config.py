@@ -4,7 +4,7 @@ import math
 import warnings
 from dataclasses import dataclass, field, fields
 
-from . import checks, schedule
+from . import checks, loss_inputs, rejection, schedule
 
 
 @dataclass
@@ -98,7 +98,7 @@ class EntropyControlConfig:
         metadata={
             "help": "'advantage_sign' (Algorithm 1 of the paper) or 'entropy_change' (reject rollouts whose predicted "
             "entropy change points the wrong way).",
-            "choices": ("advantage_sign", "entropy_change"),
+            "choices": tuple(rejection.RULES),
         },
     )
     entropy_change_baseline: str = field(
@@ -114,7 +114,7 @@ class EntropyControlConfig:
         metadata={
             "help": "'drop': rejected rollouts leave the loss, its denominator and its KL term (Eq. 5, over the "
             "batch). 'zero_advantage': they stay with advantage 0 (official code).",
-            "choices": ("drop", "zero_advantage"),
+            "choices": tuple(loss_inputs.REJECTED),
         },
     )
     min_accepted_share: float = field(

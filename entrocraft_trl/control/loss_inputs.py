@@ -6,6 +6,12 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
+# Values of `rejected_rollouts`, and what the model card says of them.
+REJECTED = {
+    "drop": "They left the loss and its denominator.",
+    "zero_advantage": "They stayed in the loss with advantage 0.",
+}
+
 # Keys that ride with the loss inputs through TRL's shuffle and split, to be read by `micro_batch_weight`.
 KEPT = "entrocraft_kept"
 ROW_SCALE = "entrocraft_row_scale"

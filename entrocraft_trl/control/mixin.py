@@ -10,12 +10,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
+from .. import metric_names
 from ..constructor import call_of_trls_constructor
 from ..policy.batch_entropy import BatchTotals, check_readable, policy_totals, sampling_totals
 from ..policy.mixin import PolicyReadingMixin
 from ..policy.tokens import TokenReading, sampled_entropy_term
 from . import diagnosis, loss_inputs, rejection, schedule
 from .advantages import unit_rewards, without_rounding
+from .card import PAPER, card_section
 from .config import EntropyControlConfig
 from .state import ControlMemory, EntropyControlState
 
@@ -50,6 +52,9 @@ class EntropyControlMixin(PolicyReadingMixin):
     """
 
     _config_class = EntropyControlConfig
+    _tag_names = ["trl", "entrocraft"]
+    _name = "Entrocraft"
+    _paper = PAPER
 
     def __init__(self, *args, entropy_band: Callable[[float], tuple[float, float]] | None = None, **kwargs):
         if entropy_band is not None:
@@ -321,11 +326,23 @@ class EntropyControlMixin(PolicyReadingMixin):
         self._teaching_rollouts = 0.0
         self._log_metrics({"empty_steps": self.control_memory.empty_steps})
 
-    # ------------------------------------------------------------------------------------------------------- the log
+    # ------------------------------------------------------------------------------------------- the log and the card
+
+    def card_section(self) -> list[str]:
+        """What the model card says of this run's band and rule."""
+        initial = self.control_memory.initial_entropy
+        in_nats = self.args.entropy_unit == "nats" or initial is not None
+        return card_section(
+            self.args,
+            self.band_at if in_nats else self._band_in_unit,
+            in_nats=in_nats,
+            initial_entropy=initial,
+            own_band=self._band_in_unit != self.args.band_at,
+        )
 
     def _log_metrics(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
-            self._metrics["train"][f"entrocraft/{name}"].append(float(value))
+            self._metrics["train"][metric_names.key(name)].append(float(value))
 
     def _log_kept_column(self, keep: torch.Tensor, advantages: torch.Tensor | None = None) -> None:
         """Completions table: a `kept` column, and the advantages that the loss reads (all ranks' rows)."""

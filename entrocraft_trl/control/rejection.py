@@ -7,6 +7,15 @@ Algorithm 1 of Entrocraft (arXiv 2604.26326) is `schedule.Band.direction` follow
 import torch
 
 
+# Values of `rejection_rule`, and what the model card says that a rule did.
+RULES = {
+    "advantage_sign": "rollouts with a positive advantage were rejected while the entropy was below the band, and "
+    "those with a negative advantage while it was above (Algorithm 1 of the paper)",
+    "entropy_change": "rollouts whose predicted entropy change pointed the wrong way were rejected, as many as the "
+    "position of the entropy in its band called for",
+}
+
+
 def accept_by_advantage_sign(advantages: torch.Tensor, direction: int) -> torch.Tensor:
     """
     Algorithm 1: accept rollout i when `m * A_i >= 0`. Too little entropy keeps `A <= 0`, too much keeps `A >= 0`.

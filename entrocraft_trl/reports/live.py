@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -11,10 +11,12 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import is_in_notebook, logging
 
+from ..metric_names import ACCEPTED, ENTROPY, HIGH, LOW
+from .log import Record, newest_reading
+
 
 logger = logging.get_logger(__name__)
 
-ENTROPY, LOW, HIGH = "entrocraft/entropy", "entrocraft/entropy_low", "entrocraft/entropy_high"
 PAUSE_PER_SECOND_OF_DRAWING = 100.0  # a figure of a long run is slow to draw: drawing stays below 1% of the run
 SCREEN_DPI = 80
 
@@ -48,7 +50,7 @@ class EntropyCurveCallback(TrainerCallback):
         self._show: Callable[[Any], None] | None = None
         self._handle = None
         self._due = 0.0
-        self._shown: Mapping[str, Any] | None = None
+        self._shown: Record | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._show = self._draw if is_in_notebook() else self._print
@@ -100,12 +102,7 @@ class EntropyCurveCallback(TrainerCallback):
         tqdm.write(status_line(state.log_history, state.max_steps))
 
 
-def newest_reading(log: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The last record that holds a measured entropy; `None` before the first one."""
-    return next((record for record in reversed(log) if ENTROPY in record), None)
-
-
-def status_line(log: Sequence[Mapping[str, Any]], max_steps: int) -> str:
+def status_line(log: Sequence[Record], max_steps: int) -> str:
     """
     One line on the newest reading, entropies in nats.
 
@@ -118,6 +115,6 @@ def status_line(log: Sequence[Mapping[str, Any]], max_steps: int) -> str:
     parts = [f"{step}: entropy {entropy:.3f}, {place} its band {low:.3f} to {high:.3f} nats"]
     if "reward" in record:
         parts.append(f"reward {record['reward']:.2f}")
-    if "entrocraft/accepted_rollouts" in record:
-        parts.append(f"accepted {record['entrocraft/accepted_rollouts']:.0%}")
+    if ACCEPTED in record:
+        parts.append(f"accepted {record[ACCEPTED]:.0%}")
     return " · ".join(parts)

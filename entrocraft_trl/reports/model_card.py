@@ -1,61 +1,36 @@
-"""The section on entropy in the model card that TRL writes at every save: band, rule, figure, final numbers."""
+"""Sections of the model card that TRL writes at every save: the method's own words, results, how to load."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import mean
 
 from transformers.utils import logging
 
 from ..atomic import write_atomically
 from .hub_names import drop_paths, is_hub_name
-from .live import ENTROPY, HIGH, LOW, newest_reading
+from .log import Record, accepted_shares, bands, entropies, rewards, share_inside
 
 
 logger = logging.get_logger(__name__)
 
 CARD, FIGURE = "README.md", "entropy.png"
-ACCEPTED = "entrocraft/accepted_rollouts"
-PROGRESS = (0.0, 0.25, 0.5, 0.75, 1.0)
-BEFORE = "\n## Citations"  # heading of TRL's template that the section goes in front of
-
-RULES = {
-    "advantage_sign": "rollouts with a positive advantage were rejected while the entropy was below the band, and "
-    "those with a negative advantage while it was above (Algorithm 1 of the paper)",
-    "entropy_change": "rollouts whose predicted entropy change pointed the wrong way were rejected, as many as the "
-    "position of the entropy in its band called for",
-}
-REJECTED = {
-    "drop": "They left the loss and its denominator.",
-    "zero_advantage": "They stayed in the loss with advantage 0.",
-}
+BEFORE = "\n## Citations"  # heading of TRL's template that the sections go in front of
 
 
 class ModelCardMixin:
     """
-    For trainers that mix in entropy control: TRL's model card, with the paper and a section on entropy, and without
-    paths of this machine.
+    For TRL's trainers: put it before the trainer among the bases. Their model card gets the results of the run, read
+    from its log, and what the method says of itself in `card_section`, and names no path of this machine.
     """
 
-    _tag_names = ["trl", "entrocraft"]
-    _name = "Entrocraft"
-    _paper = {
-        "title": "Addressing Performance Saturation for LLM RL via Precise Entropy Curve Control",
-        "id": "2604.26326",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @article{li2026entrocraft,
-                title  = {{Addressing Performance Saturation for LLM RL via Precise Entropy Curve Control}},
-                author = {Bolian Li and Yifan Wang and Yi Ding and Anamika Lochab and Ananth Grama and Ruqi Zhang},
-                year   = 2026,
-                eprint = {arXiv:2604.26326},
-            }"""),
-    }
+    def card_section(self) -> list[str]:
+        """What the method did, as lines of Markdown with a heading of its own; none where TRL's card says it all."""
+        return []
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """TRL's card with a section on entropy. `dataset_name` is left out if it is a local file or folder."""
+        """TRL's card with the sections. `dataset_name` is left out if it is a local file or folder."""
         if dataset_name is not None and not is_hub_name(dataset_name):
             dataset_name = None
         super().create_model_card(model_name, dataset_name, tags)
@@ -64,98 +39,66 @@ class ModelCardMixin:
         folder = Path(self.args.output_dir)
         drop_paths(folder / CARD)
         try:
-            self._add_entropy_section(folder)
+            self._add_sections(folder)
         except Exception as error:  # the card is written at every save, where an error would end the run
-            logger.warning(f"The model card got no section on entropy: {type(error).__name__}: {error}")
+            logger.warning(f"The model card got no section on this run: {type(error).__name__}: {error}")
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         super()._save(output_dir, state_dict)
         if self.args.should_save:  # PEFT wrote a card of its own
             drop_paths(Path(output_dir if output_dir is not None else self.args.output_dir) / CARD)
 
-    def _add_entropy_section(self, folder: Path) -> None:
+    def _add_sections(self, folder: Path) -> None:
         log = self.state.log_history
-        section = "\n".join(
-            [
-                "\n## Entropy control\n",
-                *describe_control(self.args, own_band=self._band_in_unit != self.args.band_at),
-                "",
-                *band_table(self),
-                "",
-                *(["No entropy was logged yet.", ""] if newest_reading(log) is None else []),
-                *(
-                    [f"![Entropy in its band, reward and accepted rollouts]({FIGURE})", ""]
-                    if self._figure(log)
-                    else []
-                ),
-                *result_table(log, self.state.global_step, self.state.max_steps),
-                *how_to_load(self.hub_model_id or folder.resolve().name, hasattr(self.model, "peft_config")),
-            ]
-        )
+        figure = [f"![Entropy and reward during training]({FIGURE})", ""] if self._draw_figure(log) else []
+        results = [*figure, *result_table(log, self.state.global_step, self.state.max_steps)]
+        name = self.hub_model_id or folder.resolve().name
+        sections = [
+            self.card_section(),
+            ["## Results", "", *(results or ["Neither entropy nor reward was logged yet."])],
+            ["## Loading", "", *how_to_load(name, adapter=hasattr(self.model, "peft_config"))],
+        ]
         head, heading, tail = (folder / CARD).read_text(encoding="utf-8").partition(BEFORE)
+        added = "".join("\n".join(["", *lines, ""]) for lines in sections if lines)
         # In one piece: an upload in the background may be reading the card.
-        text = f"{head.rstrip()}\n{section}\n{heading}{tail}".encode()
+        text = f"{head.rstrip()}\n{added}{heading}{tail}".encode()
         write_atomically(folder / CARD, lambda stream: stream.write(text))
 
-    def _figure(self, log: Sequence[Mapping[str, Any]]) -> bool:
+    def _draw_figure(self, log: Sequence[Record]) -> bool:
         """Draw the figure beside the card; whether there is one to link."""
         path = Path(self.args.output_dir) / FIGURE
-        if newest_reading(log) is None:
+        if not entropies(log):
             return False
-        if self._upload_jobs() and path.exists():
+        push = getattr(self, "push_in_progress", None)  # the main process has it, after the first contact with the Hub
+        if push is not None and not push.is_done() and path.exists():
             return True  # its bytes are hashed first and sent later: a new figure in between would fail the upload
         try:
             from .plots import plot_run, save_figure
 
             save_figure(plot_run(log), path)
         except Exception as error:  # a full disk, a broken plotting library: the card does without
-            logger.warning(f"The model card got no entropy figure: {type(error).__name__}: {error}")
+            logger.warning(f"The model card got no figure: {type(error).__name__}: {error}")
             return False
         return True
 
 
-def describe_control(args, own_band: bool = False) -> list[str]:
-    """What was done during training, in sentences, from the trainer's config."""
-    shape = "given by a function" if own_band else f"`{args.entropy_schedule}`"
-    return [
-        "During training the entropy of the policy was steered along a band: on each generation batch the mean "
-        f"entropy of its tokens was measured, and {RULES[args.rejection_rule]}. "
-        f"{REJECTED[args.rejected_rollouts]}",
-        "",
-        f"Rule: `{args.rejection_rule}`; rejected rollouts: `{args.rejected_rollouts}`; schedule: {shape}.",
-    ]
-
-
-def band_table(trainer) -> list[str]:
-    """Edges of the band over the schedule; in nats once the unit is known."""
-    in_nats = trainer.args.entropy_unit == "nats" or trainer.control_memory.initial_entropy is not None
-    edges = trainer.band_at if in_nats else trainer._band_in_unit
-    unit = "nats" if in_nats else "times the initial entropy"
-    lines = [f"| progress of the schedule | low edge ({unit}) | high edge ({unit}) |", "|---|---|---|"]
-    for progress in PROGRESS:
-        low, high = edges(progress)
-        lines.append(f"| {progress:.0%} | {low:.3f} | {high:.3f} |")
-    if in_nats and trainer.args.entropy_unit == "initial":
-        lines += ["", f"The entropy measured first was {trainer.control_memory.initial_entropy:.3f} nats."]
-    return lines
-
-
-def result_table(log: Sequence[Mapping[str, Any]], step: int, max_steps: int) -> list[str]:
-    """Where the run stands, from its log; nothing before the first reading."""
-    last = newest_reading(log)
-    if last is None:
+def result_table(log: Sequence[Record], step: int, max_steps: int) -> list[str]:
+    """Where the run stands: a row for each figure that its log has, entropies in nats; no line without any."""
+    readings, edges, accepted, reward = entropies(log), bands(log), accepted_shares(log), rewards(log)
+    rows = {}
+    if readings:
+        band = " (band {:.3f} to {:.3f})".format(*edges[-1]) if edges else ""
+        rows["last measured entropy"] = f"{readings[-1]:.3f} nats{band}"
+    if edges:
+        rows["logged steps inside the band"] = f"{share_inside(readings, edges):.0%}"
+    if accepted:
+        rows["accepted rollouts, mean"] = f"{mean(accepted):.0%}"
+    if reward:
+        rows["last mean reward"] = f"{reward[-1]:.3f}"
+    if not rows:
         return []
-    readings = [record for record in log if ENTROPY in record]
-    inside = sum(record[LOW] <= record[ENTROPY] <= record[HIGH] for record in readings) / len(readings)
-    accepted = [record[ACCEPTED] for record in readings if ACCEPTED in record]
-    rows = {
-        "optimizer steps": f"{step} of {max_steps}",
-        "last measured entropy": f"{last[ENTROPY]:.3f} nats (band {last[LOW]:.3f} to {last[HIGH]:.3f})",
-        "logged steps inside the band": f"{inside:.0%}",
-        "accepted rollouts, mean": f"{sum(accepted) / len(accepted):.0%}" if accepted else "–",
-        "last mean reward": f"{last['reward']:.3f}" if "reward" in last else "–",
-    }
-    return ["| at this save | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+    rows = {"optimizer steps": f"{step} of {max_steps}", **rows}
+    return ["| at this save | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
 def how_to_load(name: str, adapter: bool) -> list[str]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..atomic import write_atomically
+from ..metric_names import ACCEPTED, HIGH, LOW
 from ..printable import printable
+from .log import Record, entropy_key, series
 
 
 DPI = 150
@@ -22,72 +22,24 @@ DPI = 150
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BAND_COLOUR = "#8C8C8C"
 BAND_ALPHA = 0.3
-# Entropy as measured before the filter; a plain TRL run logs only its own.
-ENTROPY_KEYS = ("entrocraft/entropy", "entropy")
-LOW, HIGH, ACCEPTED = "entrocraft/entropy_low", "entrocraft/entropy_high", "entrocraft/accepted_rollouts"
 SMOOTH_FROM = 80  # records from which a noisy curve gets a running mean over it
 
 
-def read_log(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """
-    Log records of a run.
-
-    Args:
-        run_dir (`str` or `PathLike`):
-            Folder with a `trainer_state.json`, or with `checkpoint-*` folders that have one; the one that got furthest
-            counts. Also the file itself.
-
-    Returns:
-        `list[dict]`: `log_history` of the state, one record per logging step.
-
-    Raises:
-        `FileNotFoundError`: if there is no such file.
-        `ValueError`: if the file is not a trainer's state, or holds no record.
-    """
-    path = Path(run_dir)
-    files = [path] if path.is_file() else [*path.glob("trainer_state.json"), *path.glob("*/trainer_state.json")]
-    if not files:
-        raise FileNotFoundError(f"no trainer_state.json in {str(run_dir)!r} or in its checkpoint folders")
-    states = [_read_state(file) for file in files]
-    log = max(states, key=lambda state: state["global_step"])["log_history"]
-    if not log:
-        raise ValueError(f"the run in {str(run_dir)!r} has logged nothing yet")
-    return log
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        return {"global_step": int(state["global_step"]), "log_history": list(state["log_history"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(file)!r} is not a trainer's state: {type(error).__name__}: {error}") from error
-
-
-def series(log: Sequence[Mapping[str, Any]], *keys: str) -> tuple[list[float], list[float]]:
-    """Optimizer steps and values of the first of the keys that the log has, both `(N,)`; empty if it has none."""
-    for key in keys:
-        points = [(record["step"], record[key]) for record in log if key in record and "step" in record]
-        if points:
-            steps, values = zip(*points, strict=True)
-            return list(steps), list(values)
-    return [], []
-
-
-def plot_run(log: Sequence[Mapping[str, Any]], title: str | None = None) -> Figure:
+def plot_run(log: Sequence[Record], title: str | None = None) -> Figure:
     """
     One run: entropy against its band, reward, and the accepted share of rollouts, stacked.
 
     Args:
         log (`Sequence[Mapping]`):
-            Records as [`read_log`] returns them. A plain TRL run has no band and no accepted share: its third panel is
-            left out.
+            Records as [`~log.read_log`] returns them. A plain TRL run has no band and no accepted share: its third
+            panel is left out.
         title (`str`, *optional*):
             Heading.
 
     Raises:
         `ValueError`: if no record holds an entropy.
     """
-    steps, entropy = series(log, *ENTROPY_KEYS)
+    steps, entropy = series(log, entropy_key(log))
     if not steps:
         raise ValueError("the log holds no entropy, so there is nothing to draw")
     accepted_steps, accepted = series(log, ACCEPTED)
@@ -108,7 +60,7 @@ def plot_run(log: Sequence[Mapping[str, Any]], title: str | None = None) -> Figu
     return figure
 
 
-def plot_comparison(logs: Mapping[str, Sequence[Mapping[str, Any]]], title: str | None = None) -> Figure:
+def plot_comparison(logs: Mapping[str, Sequence[Record]], title: str | None = None) -> Figure:
     """
     Entropy and reward of several runs, with the bands of the runs that have one.
 
@@ -130,7 +82,7 @@ def plot_comparison(logs: Mapping[str, Sequence[Mapping[str, Any]]], title: str 
     if shared:  # one grey shade; otherwise each band takes its run's colour
         _shade_band(axes[0], logs[next(iter(bands))])
     for index, (name, log) in enumerate(logs.items()):
-        steps, entropy = series(log, *ENTROPY_KEYS)
+        steps, entropy = series(log, entropy_key(log))
         if not steps:
             raise ValueError(f"the log of {name!r} holds no entropy, so there is nothing to draw")
         colour = COLOURS[index % len(COLOURS)]
@@ -226,9 +178,7 @@ def _stack(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _shade_band(
-    axis: Axes, log: Sequence[Mapping[str, Any]], colour: str = BAND_COLOUR, label: str | None = "band"
-) -> None:
+def _shade_band(axis: Axes, log: Sequence[Record], colour: str = BAND_COLOUR, label: str | None = "band") -> None:
     steps, low = series(log, LOW)
     _, high = series(log, HIGH)
     if len(steps) == 1:  # an area between single points would be invisible

@@ -121,7 +121,8 @@ def test_a_state_that_tells_no_step_is_left_out(nodes):
     assert [node["weights"] for node in seen["broken state"]] == [{"2": "weights 2"}] * 2
     assert seen["broken state"][0]["left"] == ["checkpoint-2"]
     (message,) = seen["broken state"][0]["told"]
-    assert message == "last-checkpoint of tester/broken-state is left out: its trainer_state.json tells no step."
+    reason = "trainer_state.json holds no object"
+    assert message == f"last-checkpoint of tester/broken-state is not complete ({reason}) and is left out."
 
 
 def test_what_is_unpickled_is_said(nodes):

@@ -16,7 +16,7 @@ from entrocraft_trl.cli import COMMANDS, main
 from entrocraft_trl.cli.train import resolve_checkpoint
 from entrocraft_trl.data import rewards
 from entrocraft_trl.printable import printable
-from entrocraft_trl.reports.plots import read_log
+from entrocraft_trl.reports.log import read_log
 
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 
 import pytest
 import transformers
@@ -110,33 +109,6 @@ def test_reentry_is_measured_from_the_middle_of_the_run_and_for_the_step_band_al
     # Windows of 5 from step 21: 0.85, 0.85, 0.70, 0.70, 0.70, mean 0.76; from 22: mean 0.73, inside.
     assert figures["reentry_steps"] == 2
     assert control.measure(make_record(entropy), knots, "constant")["reentry_steps"] is None
-
-
-@pytest.mark.parametrize(
-    ("after", "steps"),
-    [
-        ([0.5] * 10, 0),
-        ([0.8] * 4 + [0.5] * 6, 4),  # a window with one reading of 0.8 has mean 0.56, just outside
-        ([0.8] * 10, None),
-        ([0.8] * 5 + [0.5] + [0.8] * 4, None),  # one reading inside is no re-entry
-        ([0.4, 0.6, 0.4, 0.6, 0.5] + [0.8] * 5, 0),  # scatter about the centre is inside
-        ([0.5] * 4, None),  # less than a window is left
-    ],
-)
-def test_reentry(after, steps):
-    entropies = [0.8] * 3 + after
-    assert control.reentry(entropies, [0.5] * len(entropies), start=3) == steps
-
-
-@pytest.mark.parametrize("slope", [0.0, -0.002, 0.01])
-def test_reading_scatter_recovers_the_noise_on_a_slope(slope):
-    noise = random.Random(0)
-    readings = [1.0 + slope * step + noise.gauss(0.0, 0.02) for step in range(2000)]
-    assert control.reading_scatter(readings) == pytest.approx(0.02, rel=0.1)
-
-
-def test_a_straight_line_has_no_scatter():
-    assert control.reading_scatter([0.1 * step for step in range(30)]) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_spread():

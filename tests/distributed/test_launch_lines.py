@@ -9,7 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from launching import CONFIGS, ROOT, expected_launch, launch_line, run_line
 
-from entrocraft_trl.reports.plots import read_log
+from entrocraft_trl.reports.log import read_log
 
 
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

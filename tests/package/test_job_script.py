@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from entrocraft_trl.reports.plots import read_log
+from entrocraft_trl.reports.log import read_log
 from entrocraft_trl.tasks import build_model, build_tokenizer
 
 

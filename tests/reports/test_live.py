@@ -9,7 +9,7 @@ import tiny
 
 from entrocraft_trl import EntropyCurveCallback
 from entrocraft_trl.reports import live
-from entrocraft_trl.reports.live import newest_reading, status_line
+from entrocraft_trl.reports.live import status_line
 
 
 def record(step, entropy=0.7, **more):
@@ -74,12 +74,6 @@ def test_status_line():
     assert text == "step 3/20: entropy 0.500, below its band 0.600 to 0.800 nats · reward 0.25 · accepted 88%"
     assert "in its band" in status_line([record(3, 0.6)], 20) and "in its band" in status_line([record(3, 0.8)], 20)
     assert "above its band" in status_line([record(3, 0.81)], 20)
-
-
-def test_newest_reading_skips_records_without_one():
-    first, second = record(1), record(2)
-    assert newest_reading([first, second, {"step": 2, "eval_reward": 1.0}]) is second
-    assert newest_reading([{"step": 1, "entropy": 2.0}]) is None
 
 
 # --------------------------------------------------------------------------------------------------- when and for whom
@@ -212,7 +206,7 @@ callback.on_train_end(None, state, None)
 def test_without_a_display_or_a_usable_backend():
     """Neither is asked for: figures are made without pyplot, which would look for a window system."""
     code = (
-        "import sys; from types import SimpleNamespace; from entrocraft_trl import plots; "
+        "import sys; from types import SimpleNamespace; from entrocraft_trl.reports import plots; "
         "plots.plot_run([{'step': 1, 'entropy': 1.0}]).savefig(sys.argv[1]); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -1,23 +1,43 @@
-"""The model card: TRL's, with the band, the rule, the figure and the numbers of the run, valid at every save."""
+"""The model card: TRL's, with the method's own words, figure and results of the run, valid at every save."""
 
-import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import tiny
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from trl import RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 
 from entrocraft_trl import EntrocraftRLOOTrainer
 from entrocraft_trl.reports import model_card
 from entrocraft_trl.reports.hub_names import drop_paths, is_hub_name
-from entrocraft_trl.reports.model_card import BEFORE, describe_control, how_to_load, result_table
+from entrocraft_trl.reports.model_card import BEFORE, ModelCardMixin, how_to_load, result_table
 
 
 # Multiples of the first entropy; tiny models leave it soon, so that the share of steps inside is neither 0 nor 1.
 BAND = {"entropy_low": [0.9, 0.5], "entropy_high": [1.05, 0.6]}
+
+
+class PlainTrainer(ModelCardMixin, GRPOTrainer):
+    """A method that says nothing of itself; TRL's card has its name and its paper."""
+
+
+class RivalTrainer(PlainTrainer):
+    def card_section(self):
+        return ["## My method", "", "Every other rollout went."]
+
+
+def train_without_control(trainer_class=PlainTrainer, keep_key=lambda key: True):
+    """A finished run; its log holds what `keep_key` lets through."""
+    trainer = tiny.build_trainer(trainer_class, args=tiny.build_config(GRPOConfig, max_steps=2))
+    trainer.train()
+    trainer.state.log_history = [
+        {key: value for key, value in record.items() if keep_key(key)} for record in trainer.state.log_history
+    ]
+    trainer.create_model_card()
+    return trainer
 
 
 def train(**settings):
@@ -25,6 +45,10 @@ def train(**settings):
     trainer = tiny.build_trainer(args=args)
     trainer.train()
     return trainer
+
+
+def card_text(folder="run") -> str:
+    return ModelCard.load(Path(folder) / "README.md").text
 
 
 def card_of(folder="run") -> str:
@@ -72,12 +96,14 @@ def test_figure_lies_beside_the_card():
     assert [path.name for path in Path("run").glob("_*")] == ["_training.lock"]  # no draft is left
 
 
-def test_section_stands_once_before_the_citations():
+def test_sections_stand_once_before_the_citations():
     trainer = train()
     trainer.create_model_card(model_name="again", tags="mine")
     text = card_of()
-    assert text.count("## Entropy control") == 1 and text.count(BEFORE) == 1
-    assert text.index("## Entropy control") < text.index("## Citations")
+    added = ["\n## Entropy control\n", "\n## Results\n", "\n## Loading\n", BEFORE]
+    assert [text.count(heading) for heading in added] == [1, 1, 1, 1]
+    places = [text.index(heading) for heading in added]
+    assert places == sorted(places)
     assert "mine" in ModelCard.load("run/README.md").data.tags
 
 
@@ -149,7 +175,7 @@ def test_card_before_the_first_reading():
     trainer = tiny.build_trainer(args=tiny.build_config(**BAND))
     trainer.create_model_card()
     text = card_of()
-    assert "No entropy was logged yet." in text and "entropy.png" not in text
+    assert "Neither entropy nor reward was logged yet." in text and "entropy.png" not in text
     assert table_rows(text)["0%"] == ["0.900", "1.050"] and "times the initial entropy" in text
     assert not (Path("run") / "entropy.png").exists()
 
@@ -174,7 +200,7 @@ def test_a_broken_figure_is_left_out_with_a_warning(caplog, monkeypatch):
     text = card_of()
     assert trainer.state.global_step == 4
     assert "entropy.png" not in text and "| optimizer steps | 4 of 4 |" in text
-    assert "The model card got no entropy figure: OSError: No space left on device" in caplog.text
+    assert "The model card got no figure: OSError: No space left on device" in caplog.text
 
 
 def test_a_broken_section_leaves_the_card_of_trl(caplog, monkeypatch):
@@ -185,7 +211,7 @@ def test_a_broken_section_leaves_the_card_of_trl(caplog, monkeypatch):
     trainer = train()
     assert trainer.state.global_step == 4
     assert "## Citations" in card_of() and "## Entropy control" not in card_of()
-    assert "The model card got no section on entropy: ZeroDivisionError: oops" in caplog.text
+    assert "The model card got no section on this run: ZeroDivisionError: oops" in caplog.text
 
 
 def test_only_the_main_process_writes(monkeypatch):
@@ -202,7 +228,8 @@ def test_figure_is_not_replaced_under_an_upload(monkeypatch):
     before = (Path("run") / "entropy.png").read_bytes()
     trainer.state.log_history[-2]["entrocraft/entropy"] = 9.0  # the last reading; after it comes the run's summary
     with monkeypatch.context() as uploading:
-        uploading.setattr(trainer, "_upload_jobs", lambda: ["running"])
+        running = SimpleNamespace(is_done=lambda: False)
+        uploading.setattr(trainer, "push_in_progress", running, raising=False)
         trainer.create_model_card()
     assert (Path("run") / "entropy.png").read_bytes() == before and "](entropy.png)" in card_of()
     trainer.create_model_card()
@@ -220,15 +247,6 @@ def test_rloo_and_lora(tmp_path):
     assert EntrocraftRLOOTrainer._paper["id"] == "2604.26326" != RLOOTrainer._paper["id"]
 
 
-def test_every_rule_has_its_words():
-    for rule, rejected in itertools.product(("advantage_sign", "entropy_change"), ("drop", "zero_advantage")):
-        chosen = {"rejection_rule": rule, "rejected_rollouts": rejected}
-        words = "\n".join(describe_control(tiny.build_config(**chosen)))
-        assert f"`{rule}`" in words and f"`{rejected}`" in words
-        assert ("Algorithm 1" in words) == (rule == "advantage_sign")
-        assert ("advantage 0" in words) == (rejected == "zero_advantage")
-
-
 def test_result_table_of_a_hand_made_log():
     edges = {"entrocraft/entropy_low": 0.4, "entrocraft/entropy_high": 0.6}
     log = [
@@ -240,6 +258,40 @@ def test_result_table_of_a_hand_made_log():
     assert rows["logged steps inside the band"] == ["50%"]  # the edges belong to the band
     assert rows["accepted rollouts, mean"] == ["75%"]
     assert rows["last mean reward"] == ["0.400"] and rows["optimizer steps"] == ["40 of 100"]
+
+
+def test_a_method_without_words_of_its_own_keeps_trls_and_gets_its_results():
+    trainer = train_without_control()
+    card = ModelCard.load("run/README.md")
+    assert "entrocraft" not in card.data.tags and "2604.26326" not in card.text
+    assert "trained with GRPO, a method introduced in" in card.text and "Entropy control" not in card.text
+    entropy, reward = (tiny.history(trainer, key)[-1] for key in ("entropy", "reward"))
+    assert table_rows(card.text) == {
+        "at this save": [""],
+        "---": ["---"],
+        "optimizer steps": ["2 of 2"],
+        "last measured entropy": [f"{entropy:.3f} nats"],
+        "last mean reward": [f"{reward:.3f}"],
+    }
+    assert "](entropy.png)" in card.text and (Path("run") / "entropy.png").exists()
+    assert 'AutoModelForCausalLM.from_pretrained("run")' in card.text
+
+
+def test_a_method_speaks_for_itself():
+    train_without_control(RivalTrainer)
+    text = card_text()
+    assert text.index("## My method\n\nEvery other rollout went.\n\n## Results\n") < text.index(BEFORE)
+
+
+def test_a_log_without_entropy_gives_no_figure_and_one_without_numbers_no_table():
+    train_without_control(keep_key=lambda key: key in ("step", "reward"))
+    text = card_text()
+    assert "entropy.png" not in text and not (Path("run") / "entropy.png").exists()
+    assert list(table_rows(text)) == ["at this save", "---", "optimizer steps", "last mean reward"]
+    train_without_control(keep_key=lambda key: key == "step")
+    text = card_text()
+    assert table_rows(text) == {} and "entropy.png" not in text
+    assert "## Results\n\nNeither entropy nor reward was logged yet.\n\n## Loading\n" in text
 
 
 def test_loading_lines_are_python():

@@ -1,7 +1,6 @@
 """Figures from log records: curves, labels, bands, and that a file written is a picture."""
 
 import io
-import json
 
 import pytest
 
@@ -10,9 +9,7 @@ from entrocraft_trl.reports.plots import (
     plot_pass_at_k,
     plot_run,
     plot_schedule,
-    read_log,
     save_figure,
-    series,
 )
 
 
@@ -74,21 +71,6 @@ def test_schedule_in_steps_or_percent():
     assert "%" in plot_schedule([(0.0, 0.6, 0.7)]).axes[0].get_xlabel()
 
 
-def test_series_takes_the_first_key_that_is_there():
-    assert series(records(2), "nothing", "reward") == ([1, 2], [0.1, 0.2])
-    assert series(records(2), "nothing") == ([], [])
-
-
-def test_read_log_takes_the_state_that_got_furthest(tmp_path):
-    for folder, step in (("checkpoint-9", 9), ("checkpoint-10", 10), (".", 4)):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        state = {"global_step": step, "log_history": [{"step": step, "entropy": 1.0}]}
-        (tmp_path / folder / "trainer_state.json").write_text(json.dumps(state))
-    assert read_log(tmp_path)[0]["step"] == 10
-    assert read_log(tmp_path / "checkpoint-9")[0]["step"] == 9
-    assert read_log(tmp_path / "trainer_state.json")[0]["step"] == 4
-
-
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
@@ -115,16 +97,7 @@ def test_names_are_drawn_as_they_are(name, shown):
     assert run.legends[0].get_title().get_text() == shown.strip()
 
 
-def test_messages(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no trainer_state.json in"):
-        read_log(tmp_path)
-    state = tmp_path / "trainer_state.json"
-    state.write_text("{")
-    with pytest.raises(ValueError, match="is not a trainer's state: JSONDecodeError"):
-        read_log(tmp_path)
-    state.write_text(json.dumps({"global_step": 0, "log_history": []}))
-    with pytest.raises(ValueError, match="has logged nothing yet"):
-        read_log(tmp_path)
+def test_messages():
     with pytest.raises(ValueError, match="no entropy"):
         plot_run([{"step": 1, "reward": 0.0}])
     with pytest.raises(ValueError, match="log of 'x' holds no entropy"):
