@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig, RLOOConfig
 
 from . import checks, schedule
+from .credentials import CredentialsMixin
 
 
 ENTROPY_UNITS = ("initial", "nats")
@@ -21,7 +22,7 @@ ENTROPY_SOURCES = ("policy", "sampling")
 
 
 @dataclass
-class EntropyControlConfig:
+class EntropyControlConfig(CredentialsMixin):
     """
     Fields that [`EntropyControlMixin`] reads. Mixed into TRL's trainer configs; only what they add is documented here.
 
