@@ -4,11 +4,12 @@ import math
 import warnings
 from dataclasses import dataclass, field, fields
 
+from ..credentials import CredentialsMixin
 from . import checks, loss_inputs, rejection, schedule
 
 
 @dataclass
-class EntropyControlConfig:
+class EntropyControlConfig(CredentialsMixin):
     """
     Fields that [`EntropyControlMixin`] reads. Mixed into TRL's trainer configs; only what they add is documented here.
 

@@ -18,7 +18,10 @@
     uv run --with "$PACKAGE" train_job.py --config my.yaml
     hf jobs uv run --flavor a10g-large --timeout 8h --secrets HF_TOKEN --with "$PACKAGE" train_job.py \
         --model_name_or_path Qwen/Qwen3-0.6B ... --push_to_hub --hub_model_id USER/MODEL \
-        --hub_strategy checkpoint --save_steps 50 --resume_from_checkpoint hub
+        --hub_private_repo true --hub_strategy checkpoint --save_steps 50 --resume_from_checkpoint hub
+
+The checkpoints on the Hub hold rollouts that were still to be trained on, hence prompts and completions; resuming from
+them, with DeepSpeed or sharded FSDP, runs code that is put there. Keep that repository private, and your own.
 
 The package itself is not among the dependencies above: it is on no index, and whoever took its name there would run
 code in your jobs. Options are those of `entrocraft train`; `--help` lists them.

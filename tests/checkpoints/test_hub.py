@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from hub_client import TOKEN
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, close_session, errors, get_session
 
@@ -156,6 +157,16 @@ def test_completions_and_half_written_checkpoints_stay_here(hub):
     assert "adapter_model.safetensors" in files and "training_args.bin" in files
 
 
+def test_no_byte_that_is_pushed_or_saved_is_of_the_token(hub):
+    server, folder, _ = hub
+    token = TOKEN.encode()
+    for repository in server.repositories.values():
+        for _, title, files in repository.commits:
+            assert not [path for path, content in files.items() if token in content], (repository.name, title)
+    assert not [path for path, content in files_under(folder).items() if token in content]
+    assert server.blobs and not [oid for oid, content in server.blobs.items() if token in content]
+
+
 def test_completions_are_pushed_if_asked_for(hub):
     server, folder, _ = hub
     pushed = server.repositories["tester/asked"].files
@@ -170,7 +181,7 @@ def test_the_command_that_we_print_pushes_what_the_run_pushes(hub):
     command = results["local"]["how_to_push"].partition("later with: ")[2]
     assert command.startswith('hf upload tester/local "local" . --exclude ')
     command = command.replace("tester/local", "tester/by-hand", 1)
-    environment = {**client_environment(server, folder), "HF_TOKEN": "hf_test"}
+    environment = {**client_environment(server, folder), "HF_TOKEN": TOKEN}
     hf = Path(sys.executable).with_name("hf")
     line = [str(hf), *shlex.split(command)[1:]]
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)

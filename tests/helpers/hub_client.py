@@ -28,6 +28,7 @@ from entrocraft_trl.checkpoints.hub_download import fetch_newest_checkpoint, fin
 from entrocraft_trl.cli.train import fetch_from_hub, resolve_checkpoint
 
 
+TOKEN = "hf_TheTokenOfTheTests"
 # huggingface_hub waits 1, 2, 4, 8 and 8 seconds between its tries; the tests need the tries, not the waits.
 _http.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 
@@ -67,7 +68,7 @@ class Messages(logging.Handler):
 
 
 def build(folder, repository=None, callbacks=(), model=None, peft_config=None, trainer_class=None, **settings):
-    hub = {"push_to_hub": True, "hub_model_id": f"tester/{repository}", "hub_token": "hf_test"} if repository else {}
+    hub = {"push_to_hub": True, "hub_model_id": f"tester/{repository}", "hub_token": TOKEN} if repository else {}
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", **hub, **settings}
     band = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # soon left: rejections in every later step
     args = tiny.build_config(output_dir=folder, learning_rate=0.02, **band, **settings)
@@ -134,7 +135,7 @@ def train_lose_and_go_on() -> dict:
         "curve_length": len(curve(second)[0]),
         "same_memory": second.control_memory == whole.control_memory,
         "commit": pushed.oid,
-        "card_tags": ModelCard.load("tester/round-trip", token="hf_test").data.tags,
+        "card_tags": ModelCard.load("tester/round-trip", token=TOKEN).data.tags,
     }
 
 
@@ -162,8 +163,9 @@ def local() -> dict:
         (run / name).mkdir(parents=True)
         (run / name / "optimizer.pt").write_bytes(b"gigabytes")
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
-    waiting = {"hub_strategy": "checkpoint", "callbacks": [WaitForUploads()]}
-    trainer = build("local", "local", model=str(start), peft_config=adapter, log_completions=True, **waiting)
+    settings = {"hub_strategy": "checkpoint", "log_completions": True, "model_init_kwargs": {"token": TOKEN}}
+    callbacks = [WaitForUploads()]
+    trainer = build("local", "local", model=str(start), peft_config=adapter, callbacks=callbacks, **settings)
     with messages_of_uploads() as told:
         trainer.train()
         pushed = trainer.push_to_hub(dataset_name=str(data / "train.jsonl"))

@@ -1,9 +1,11 @@
 """The job script: its PEP 723 metadata, and the script as a plain file in a folder of its own."""
 
+import ast
 import configparser
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from entrocraft_trl.cli.arguments import parse
 from entrocraft_trl.reports.log import read_log
 from entrocraft_trl.tasks import build_model, build_tokenizer
 
@@ -72,6 +75,15 @@ def options(tmp_path) -> list[str]:
         *("--max_steps", "1", "--per_device_train_batch_size", "4", "--num_generations", "4", "--logging_steps", "1"),
         *("--max_completion_length", "4", "--gradient_checkpointing", "false", "--report_to", "none"),
     ]
+
+
+def test_the_job_line_parses_and_keeps_the_repository_private():
+    line = ast.get_docstring(ast.parse(SCRIPT.read_text())).partition("hf jobs uv run ")[2].partition("\n\n")[0]
+    words = shlex.split(line.replace("\\\n", " ").partition("train_job.py")[2].replace(" ... ", " "))
+    _, args, model_args, _ = parse(words)
+    assert args.push_to_hub and args.hub_private_repo is True and args.hub_model_id == "USER/MODEL"
+    assert (args.hub_strategy, args.resume_from_checkpoint) == ("checkpoint", "hub")
+    assert model_args.model_name_or_path == "Qwen/Qwen3-0.6B"
 
 
 @pytest.mark.subprocess
