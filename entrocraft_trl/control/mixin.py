@@ -18,10 +18,11 @@ from ..config import EntropyControlConfig
 from ..data.reward_guard import RewardGuard
 from ..data.rows import check_training_rows
 from ..evaluation.during_training import EvaluationMetricsMixin
+from ..metric_names import key
 from ..policy import entropy
 from ..policy.half_temperature import half_temperature_head
 from ..reports.model_card import ModelCardMixin
-from . import diagnosis, groups, loss_inputs, rejection, schedule
+from . import card, diagnosis, groups, loss_inputs, rejection, schedule
 from .state import ControlMemory, EntropyControlState
 
 
@@ -71,6 +72,9 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
     """
 
     _config_class = EntropyControlConfig
+    _tag_names = ["trl", "entrocraft"]
+    _name = "Entrocraft"
+    _paper = card.PAPER
 
     def __init__(self, *args, entropy_band: Callable[[float], tuple[float, float]] | None = None, **kwargs):
         if entropy_band is not None:
@@ -144,6 +148,17 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             raise RuntimeError("the band is relative to the initial entropy, which this run has not measured yet.")
         return schedule.Band(low * initial, high * initial)
 
+    def card_section(self) -> list[str]:
+        initial = self.control_memory.initial_entropy
+        in_nats = self.args.entropy_unit == "nats" or initial is not None
+        return card.card_section(
+            self.args,
+            self.entropy_band_at if in_nats else self._entropy_band,
+            in_nats=in_nats,
+            initial_entropy=initial,
+            own_band=self._entropy_band != self.args.band_at,
+        )
+
     # ------------------------------------------------------------------------------------------------ hooks into TRL
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -206,7 +221,7 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
         if self.accelerator.reduce(self._teaching_rollouts, reduction="sum").item() == 0:
             self.control_memory.empty_steps += 1
         self._teaching_rollouts = 0.0
-        self._metrics["train"]["entrocraft/empty_steps"].append(float(self.control_memory.empty_steps))
+        self._metrics["train"][key("empty_steps")].append(float(self.control_memory.empty_steps))
 
     # ----------------------------------------------------------------------------------- measure, decide, edit, report
 
@@ -418,7 +433,7 @@ class EntropyControlMixin(EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin
             if message := diagnosis.failure_message(memory, reading.entropy, distance, rule, agree):
                 logger.warning(message)
         for name, value in metrics.items():
-            self._metrics["train"][f"entrocraft/{name}"].append(float(value))
+            self._metrics["train"][key(name)].append(float(value))
 
     def _log_kept_column(self, keep: torch.Tensor, advantages: torch.Tensor | None = None) -> None:
         """Completions table: a `kept` column, and the advantages that the loss reads (all ranks' rows)."""
