@@ -1,6 +1,6 @@
 """One process at a time: a lock that the system releases when its holder ends, however it ends."""
 
-import fcntl
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +9,11 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +36,8 @@ def only_process(folder: Path, name: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a+") as file:
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # POSIX allows both
             file.seek(0)

@@ -208,3 +208,9 @@ def test_a_foreign_list_is_named(content):
     build(max_steps=1).train()
     Path("run/checkpoint-1/entrocraft_files.json").write_text(json.dumps(content))
     assert list_checkpoints(Path("run")) == {1: "entrocraft_files.json is no list of files"}
+
+
+def test_a_system_without_posix_locks_gets_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run_lock, "fcntl", None)
+    with only_process(tmp_path, TRAINING), only_process(tmp_path, TRAINING):
+        assert caplog.text.count("No lock on") == 2
