@@ -13,9 +13,19 @@ import math
 import multiprocessing
 import os
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
+from benchmarks.runs import RESULTS, one_quiet_thread, policy_folder
+from entrocraft_trl.compare.records import kept_record
+from entrocraft_trl.reports.log import (
+    accepted_shares,
+    entropies,
+    reading_scatter,
+    reentry_steps,
+    rewards,
+    rms_outside,
+    share_inside,
+)
 
 
 METHODS = ("grpo", "adaptive_bonus", "advantage_sign", "entropy_change")
@@ -58,6 +68,11 @@ def centre_at(knots: list[tuple[float, float]], progress: float) -> float:
     return band_at(progress, shape="piecewise", knots=[Knot(p, c, c) for p, c in knots]).low
 
 
+def band_around(centre: float) -> tuple[float, float]:
+    """Low and high edge in nats."""
+    return centre - HALF_WIDTH, centre + HALF_WIDTH
+
+
 def run_one(job: dict) -> dict:
     """One training run in this worker process; its record is read from disk if it was run before."""
     file = Path(job["folder"]) / f"{job['method']}-{job['band']}-{job['seed']}.json"
@@ -74,12 +89,8 @@ def train(job: dict, output_dir: str) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from entrocraft_trl.compare.run import (
-        expression_arguments,
-        expression_task,
-        measured_entropies,
-        train_and_evaluate,
-    )
+    from entrocraft_trl.compare.run import train_and_evaluate
+    from entrocraft_trl.tasks.task import expression_arguments, expression_task
 
     knots = band_knots(job["initial_entropy"]).get(job["band"])
     common = expression_arguments(output_dir, max_steps=job["steps"], seed=job["seed"]) | {"disable_tqdm": True}
@@ -114,9 +125,9 @@ def train(job: dict, output_dir: str) -> dict:
     run = train_and_evaluate(trainer, config, expression_task(job["seed"], progress=False), callbacks=callbacks)
     return {
         **{key: job[key] for key in ("method", "band", "seed", "steps")},
-        "entropy": measured_entropies(run.log),
-        "reward": [entry["reward"] for entry in run.log],
-        "accepted": [entry.get("entrocraft/accepted_rollouts", 1.0) for entry in run.log],
+        "entropy": entropies(run.log),
+        "reward": rewards(run.log),
+        "accepted": accepted_shares(run.log) or [1.0] * len(run.log),
         "evaluation": run.evaluation,
         "seconds": run.seconds,
     }
@@ -124,7 +135,8 @@ def train(job: dict, output_dir: str) -> dict:
 
 def start_of_task() -> tuple[float, dict[str, float]]:
     """Entropy in nats of the starting policy on the training prompts, which sets all bands, and its evaluation."""
-    from entrocraft_trl.compare.run import evaluate_start, expression_task
+    from entrocraft_trl.compare.run import evaluate_start
+    from entrocraft_trl.tasks.task import expression_task
 
     task = expression_task()
     return evaluate_start(task, on_training_prompts=True)["entropy"], evaluate_start(task)
@@ -132,34 +144,19 @@ def start_of_task() -> tuple[float, dict[str, float]]:
 
 def measure(record: dict, knots: list[tuple[float, float]], band: str) -> dict[str, float | None]:
     """Figures of one run against one band; the first 10% of the steps, the way into the band, do not count."""
-    entropies, steps = record["entropy"], record["steps"]
-    centres = [centre_at(knots, step / steps) for step in range(len(entropies))]
-    outside = [max(abs(h - c) - HALF_WIDTH, 0.0) for h, c in zip(entropies, centres, strict=True)]
-    counted = outside[steps // 10 :]
+    readings, steps = record["entropy"], record["steps"]
+    edges = [band_around(centre_at(knots, step / steps)) for step in range(len(readings))]
+    counted = slice(steps // 10, None)
     return {
-        "rms_outside": math.sqrt(mean(d * d for d in counted)),
-        "in_band_share": mean(d == 0.0 for d in counted),
-        "reentry_steps": reentry(entropies, centres, steps // 2) if band == "step" else None,
+        "rms_outside": rms_outside(readings[counted], edges[counted]),
+        "in_band_share": share_inside(readings[counted], edges[counted]),
+        "reentry_steps": reentry_steps(readings, edges, jump=steps // 2) if band == "step" else None,
         "accepted_share": mean(record["accepted"]),
         "mean_at_32": record["evaluation"]["mean@32"],
         "pass_at_32": record["evaluation"]["pass@32"],
         "distinct_correct": record["evaluation"]["distinct_correct"],
-        "scatter": reading_scatter(entropies),
+        "scatter": reading_scatter(readings),
     }
-
-
-def reentry(entropies: list[float], centres: list[float], start: int, window: int = 5) -> int | None:
-    """Steps after `start` until the mean of `window` readings lies in the band; `None` if it never does."""
-    for step in range(start, len(entropies) - window + 1):
-        if abs(mean(entropies[step : step + window]) - mean(centres[step : step + window])) <= HALF_WIDTH:
-            return step - start
-    return None
-
-
-def reading_scatter(entropies: list[float]) -> float:
-    """Standard deviation of one reading about the curve, from second differences, which a smooth curve hardly has."""
-    second = [a - 2 * b + c for a, b, c in zip(entropies, entropies[1:], entropies[2:], strict=False)]
-    return math.sqrt(mean(d * d for d in second) / 6)
 
 
 def jobs(folder: Path, initial: float, steps: int, seeds, bands, bonus=None) -> list[dict]:
@@ -219,13 +216,6 @@ def tune_bonus(pool, folder: Path, initial: float, steps: int) -> tuple[tuple[fl
     best = min(distances, key=distances.get)
     print(f"adaptive bonus, RMS distance by step/bound: {distances}; best {best}", flush=True)
     return BONUS_CANDIDATES[best], distances
-
-
-def spread(values: list[float | None]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds; `None` where some seed has no value."""
-    if any(value is None for value in values):
-        return {"mean": None, "std": None}
-    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
 
 
 if __name__ == "__main__":

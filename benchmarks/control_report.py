@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from benchmarks.control import HALF_WIDTH, METHODS, band_knots, centre_at, measure, spread
+from benchmarks.control import HALF_WIDTH, METHODS, band_around, band_knots, centre_at, measure
+from entrocraft_trl.compare.records import spread
 
 
 COLUMNS = {
@@ -88,8 +89,8 @@ def draw(records: list[dict], bands, initial: float):
             for record in records:
                 if record["method"] == method and record["band"] in (band, "none"):
                     steps = range(len(record["entropy"]))
-                    centres = [centre_at(knots, step / record["steps"]) for step in steps]
-                    low, high = ([c + side * HALF_WIDTH for c in centres] for side in (-1, 1))
+                    edges = [band_around(centre_at(knots, step / record["steps"])) for step in steps]
+                    low, high = zip(*edges, strict=True)
                     axis.fill_between(steps, low, high, color="#E69F00", alpha=0.25, linewidth=0)
                     axis.plot(steps, record["entropy"], color=colours[method], linewidth=0.8, alpha=0.8)
             axis.spines[["top", "right"]].set_visible(False)

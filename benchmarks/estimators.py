@@ -14,8 +14,11 @@ import re
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.control import HALF_WIDTH, band_knots, reading_scatter, start_of_task
-from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
+from benchmarks.control import HALF_WIDTH, band_around, band_knots, start_of_task
+from benchmarks.runs import RESULTS, one_quiet_thread, policy_folder
+from entrocraft_trl.compare.records import kept_record
+from entrocraft_trl.metric_names import ENTROPY
+from entrocraft_trl.reports.log import accepted_shares, reading_scatter, rewards, rms_outside, series, share_inside
 
 
 FOLDER = Path("runs/estimators")
@@ -48,7 +51,8 @@ def run_one(name: str, initial: float) -> dict:
 def train(name: str, initial: float, output_dir: str) -> dict:
     """Train with one estimator; the readings of its steps and the evaluation."""
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer, EntrocraftRLOOConfig, EntrocraftRLOOTrainer
-    from entrocraft_trl.compare.run import expression_arguments, expression_task, train_and_evaluate
+    from entrocraft_trl.compare.run import train_and_evaluate
+    from entrocraft_trl.tasks.task import expression_arguments, expression_task
 
     centre = band_knots(initial)["constant"][0][1]
     arguments = expression_arguments(output_dir, max_steps=STEPS, seed=SEED) | {
@@ -66,14 +70,15 @@ def train(name: str, initial: float, output_dir: str) -> dict:
         trainer, config = EntrocraftGRPOTrainer, EntrocraftGRPOConfig(**arguments)
     run = train_and_evaluate(trainer, config, expression_task(SEED, progress=False))
     # The second pass over a batch measures nothing.
-    log = [entry for entry in run.log if "entrocraft/entropy" in entry]
+    log = [entry for entry in run.log if ENTROPY in entry]
+    steps, readings = series(log, ENTROPY)
     return {
         "estimator": name,
         "centre": centre,
-        "steps": [entry["step"] - 1 for entry in log],
-        "entropy": [entry["entrocraft/entropy"] for entry in log],
-        "reward": [entry["reward"] for entry in log],
-        "accepted": [entry["entrocraft/accepted_rollouts"] for entry in log],
+        "steps": [step - 1 for step in steps],
+        "entropy": readings,
+        "reward": rewards(log),
+        "accepted": accepted_shares(log),
         "evaluation": run.evaluation,
         "seconds": run.seconds,
     }
@@ -82,11 +87,11 @@ def train(name: str, initial: float, output_dir: str) -> dict:
 def measure(record: dict) -> dict[str, float | str]:
     """Figures of one run; RMS distance outside, mean entropy and scatter in nats."""
     counted = [h for step, h in zip(record["steps"], record["entropy"], strict=True) if step >= COUNTED_FROM]
-    outside = [max(abs(h - record["centre"]) - HALF_WIDTH, 0.0) for h in counted]
+    edges = [band_around(record["centre"])] * len(counted)
     return {
         "estimator": record["estimator"],
-        "rms_outside": math.sqrt(mean(d * d for d in outside)),
-        "in_band_share": mean(d == 0.0 for d in outside),
+        "rms_outside": rms_outside(counted, edges),
+        "in_band_share": share_inside(counted, edges),
         "entropy_minus_centre": mean(counted) - record["centre"],
         "scatter": reading_scatter(counted),
         "accepted_share": mean(record["accepted"]),

@@ -16,8 +16,17 @@ import re
 from pathlib import Path
 from statistics import mean, median
 
-from benchmarks.control import HALF_WIDTH
-from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
+from benchmarks.control import HALF_WIDTH, band_around
+from benchmarks.runs import RESULTS, one_quiet_thread, policy_folder
+from entrocraft_trl.compare.records import kept_record
+from entrocraft_trl.metric_names import (
+    ACCEPTED_TOKENS,
+    DIRECTION,
+    EFFECTIVE_BATCH_SIZE,
+    REJECTED_NEGATIVE,
+    REJECTED_POSITIVE,
+)
+from entrocraft_trl.reports.log import accepted_shares, entropies, final_entropy, rewards, rms_outside, values
 
 
 FOLDER = Path("runs/scarcity")
@@ -41,8 +50,9 @@ RULES = {
 
 def starting_point() -> tuple[Path, float]:
     """A policy that is mostly right (taught no habit), and its entropy in nats on the training prompts."""
-    from entrocraft_trl.compare.run import evaluate_start, expression_task
+    from entrocraft_trl.compare.run import evaluate_start
     from entrocraft_trl.tasks import WarmupSettings, starting_policy
+    from entrocraft_trl.tasks.task import expression_task
 
     policy = starting_policy(settings=WarmupSettings(habit_share=0.0), progress=False)
     task = expression_task(progress=False)._replace(policy=policy)
@@ -60,7 +70,8 @@ def run_one(rule: str, floor: float, seed: int, policy: Path, centre: float) -> 
 def train(rule: str, floor: float, seed: int, policy: Path, centre: float, output_dir: str) -> dict:
     """Train under one rule and floor; the readings of its steps and the evaluation."""
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from entrocraft_trl.compare.run import expression_arguments, expression_task, train_and_evaluate
+    from entrocraft_trl.compare.run import train_and_evaluate
+    from entrocraft_trl.tasks.task import expression_arguments, expression_task
 
     config = EntrocraftGRPOConfig(
         **expression_arguments(output_dir, max_steps=STEPS, seed=seed) | {"disable_tqdm": True},
@@ -78,12 +89,12 @@ def train(rule: str, floor: float, seed: int, policy: Path, centre: float, outpu
         "min_accepted_share": floor,
         "seed": seed,
         "centre": centre,
-        "entropy": [entry["entrocraft/entropy"] for entry in run.log],
-        "reward": [entry["reward"] for entry in run.log],
-        "accepted": [entry["entrocraft/accepted_rollouts"] for entry in run.log],
-        "accepted_tokens": [entry["entrocraft/accepted_tokens"] for entry in run.log],
+        "entropy": entropies(run.log),
+        "reward": rewards(run.log),
+        "accepted": accepted_shares(run.log),
+        "accepted_tokens": values(run.log, ACCEPTED_TOKENS),
         "carrying": [carrying_rollouts(entry, rule) for entry in run.log],
-        "grad_norm": [entry["grad_norm"] for entry in run.log],
+        "grad_norm": values(run.log, "grad_norm"),
         "evaluation": run.evaluation,
         "seconds": run.seconds,
     }
@@ -91,16 +102,16 @@ def train(rule: str, floor: float, seed: int, policy: Path, centre: float, outpu
 
 def carrying_rollouts(entry: dict, rule: str) -> float:
     """Accepted rollouts with an advantage other than 0: those that a step rests on."""
-    if RULES[rule].get("out_of_band_advantages") == "reward" and entry["entrocraft/direction"]:
-        return entry["entrocraft/effective_batch_size"]
+    if RULES[rule].get("out_of_band_advantages") == "reward" and entry[DIRECTION]:
+        return entry[EFFECTIVE_BATCH_SIZE]
     with_advantage = ROLLOUTS * (1.0 - entry["frac_reward_zero_std"])
-    return with_advantage - entry["entrocraft/rejected_positive"] - entry["entrocraft/rejected_negative"]
+    return with_advantage - entry[REJECTED_POSITIVE] - entry[REJECTED_NEGATIVE]
 
 
 def measure(record: dict) -> dict:
     """Figures of one run; entropies in nats. Jumps are between the readings of consecutive steps."""
     entropy, norms = record["entropy"], record["grad_norm"]
-    outside = [max(abs(h - record["centre"]) - HALF_WIDTH, 0.0) for h in entropy[STEPS // 10 :]]
+    counted = entropy[STEPS // 10 :]
     jumps = [abs(b - a) for a, b in zip(entropy, entropy[1:], strict=False)]
     rejecting = [share < 1.0 for share in record["accepted"]]
     return {
@@ -113,8 +124,8 @@ def measure(record: dict) -> dict:
         "grad_norm_max": max(norms),
         "jump_rms": math.sqrt(mean(jump * jump for jump in jumps)),
         "jump_max": max(jumps),
-        "rms_outside": math.sqrt(mean(d * d for d in outside)),
-        "entropy_end": mean(entropy[-10:]),
+        "rms_outside": rms_outside(counted, [band_around(record["centre"])] * len(counted)),
+        "entropy_end": final_entropy(entropy),
         "reward_best": max(running_mean(record["reward"])),
         "reward_dip": largest_fall(running_mean(record["reward"])),
         "mean_at_32": record["evaluation"]["mean@32"],
