@@ -55,11 +55,16 @@ def evaluate(
     )
 
 
-def evaluate_start(task: Task, *, on_training_prompts: bool = False, progress: bool = False) -> dict[str, float]:
-    """[`evaluate`] of the starting policy; its `entropy` on the training prompts is what a run measures first."""
+def evaluate_start(
+    task: Task, *, on_training_prompts: bool = False, seed: int = 0, progress: bool = False
+) -> dict[str, float]:
+    """
+    [`evaluate`] of the starting policy. At temperature 1, its `entropy` on the training prompts is what a run measures
+    first.
+    """
     if on_training_prompts:
         task = task._replace(test=expressions.make_dataset("train", len(expressions.TRAIN_TARGETS), 0))
-    return evaluate(*load_policy(task), task, progress=progress)
+    return evaluate(*load_policy(task), task, seed=seed, progress=progress)
 
 
 def train_and_evaluate(
