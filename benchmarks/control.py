@@ -13,9 +13,10 @@ import math
 import multiprocessing
 import os
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
+from benchmarks.runs import RESULTS, one_quiet_thread, policy_folder
+from entrocraft_trl.compare.records import kept_record
 from entrocraft_trl.reports.log import (
     accepted_shares,
     entropies,
@@ -88,7 +89,8 @@ def train(job: dict, output_dir: str) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from entrocraft_trl.compare.run import expression_arguments, expression_task, train_and_evaluate
+    from entrocraft_trl.compare.run import train_and_evaluate
+    from entrocraft_trl.tasks.task import expression_arguments, expression_task
 
     knots = band_knots(job["initial_entropy"]).get(job["band"])
     common = expression_arguments(output_dir, max_steps=job["steps"], seed=job["seed"]) | {"disable_tqdm": True}
@@ -133,7 +135,8 @@ def train(job: dict, output_dir: str) -> dict:
 
 def start_of_task() -> tuple[float, dict[str, float]]:
     """Entropy in nats of the starting policy on the training prompts, which sets all bands, and its evaluation."""
-    from entrocraft_trl.compare.run import evaluate_start, expression_task
+    from entrocraft_trl.compare.run import evaluate_start
+    from entrocraft_trl.tasks.task import expression_task
 
     task = expression_task()
     return evaluate_start(task, on_training_prompts=True)["entropy"], evaluate_start(task)
@@ -213,13 +216,6 @@ def tune_bonus(pool, folder: Path, initial: float, steps: int) -> tuple[tuple[fl
     best = min(distances, key=distances.get)
     print(f"adaptive bonus, RMS distance by step/bound: {distances}; best {best}", flush=True)
     return BONUS_CANDIDATES[best], distances
-
-
-def spread(values: list[float | None]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds; `None` where some seed has no value."""
-    if any(value is None for value in values):
-        return {"mean": None, "std": None}
-    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else 0.0}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from benchmarks.control import HALF_WIDTH, METHODS, band_around, band_knots, centre_at, measure, spread
+from benchmarks.control import HALF_WIDTH, METHODS, band_around, band_knots, centre_at, measure
+from entrocraft_trl.compare.records import spread
 
 
 COLUMNS = {

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.control import HALF_WIDTH, band_around, band_knots, start_of_task
-from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
+from benchmarks.runs import RESULTS, one_quiet_thread, policy_folder
+from entrocraft_trl.compare.records import kept_record
 from entrocraft_trl.metric_names import ENTROPY
 from entrocraft_trl.reports.log import accepted_shares, reading_scatter, rewards, rms_outside, series, share_inside
 
@@ -50,7 +51,8 @@ def run_one(name: str, initial: float) -> dict:
 def train(name: str, initial: float, output_dir: str) -> dict:
     """Train with one estimator; the readings of its steps and the evaluation."""
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer, EntrocraftRLOOConfig, EntrocraftRLOOTrainer
-    from entrocraft_trl.compare.run import expression_arguments, expression_task, train_and_evaluate
+    from entrocraft_trl.compare.run import train_and_evaluate
+    from entrocraft_trl.tasks.task import expression_arguments, expression_task
 
     centre = band_knots(initial)["constant"][0][1]
     arguments = expression_arguments(output_dir, max_steps=STEPS, seed=SEED) | {

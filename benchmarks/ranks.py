@@ -37,7 +37,7 @@ def step_seconds(arm: str) -> float:
     from trl import GRPOConfig, GRPOTrainer
 
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from entrocraft_trl.compare.run import expression_arguments, expression_task, load_policy
+    from entrocraft_trl.tasks.task import expression_arguments, expression_task, load_policy
 
     marks = []
 
@@ -74,7 +74,7 @@ def main() -> None:
     if state.num_processes != 2:
         raise SystemExit(f"start it with two processes (see the first lines of this file), not {state.num_processes}")
     one_quiet_thread()
-    from entrocraft_trl.compare.run import expression_task
+    from entrocraft_trl.tasks.task import expression_task
 
     with state.main_process_first():
         expression_task(progress=False)  # makes the starting policy if it is not there yet

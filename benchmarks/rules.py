@@ -74,7 +74,7 @@ def grpo_checkpoints(start: Path, steps: tuple[int, ...], inverted: bool = False
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from entrocraft_trl.compare.run import expression_arguments, expression_task
+    from entrocraft_trl.tasks.task import expression_arguments, expression_task
 
     folder = FOLDER / f"grpo-{start.name}"
     if all((folder / f"checkpoint-{step}").is_dir() for step in steps):

@@ -17,7 +17,8 @@ from pathlib import Path
 from statistics import mean, median
 
 from benchmarks.control import HALF_WIDTH, band_around
-from benchmarks.runs import RESULTS, kept_record, one_quiet_thread, policy_folder
+from benchmarks.runs import RESULTS, one_quiet_thread, policy_folder
+from entrocraft_trl.compare.records import kept_record
 from entrocraft_trl.metric_names import (
     ACCEPTED_TOKENS,
     DIRECTION,
@@ -49,8 +50,9 @@ RULES = {
 
 def starting_point() -> tuple[Path, float]:
     """A policy that is mostly right (taught no habit), and its entropy in nats on the training prompts."""
-    from entrocraft_trl.compare.run import evaluate_start, expression_task
+    from entrocraft_trl.compare.run import evaluate_start
     from entrocraft_trl.tasks import WarmupSettings, starting_policy
+    from entrocraft_trl.tasks.task import expression_task
 
     policy = starting_policy(settings=WarmupSettings(habit_share=0.0), progress=False)
     task = expression_task(progress=False)._replace(policy=policy)
@@ -68,7 +70,8 @@ def run_one(rule: str, floor: float, seed: int, policy: Path, centre: float) -> 
 def train(rule: str, floor: float, seed: int, policy: Path, centre: float, output_dir: str) -> dict:
     """Train under one rule and floor; the readings of its steps and the evaluation."""
     from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
-    from entrocraft_trl.compare.run import expression_arguments, expression_task, train_and_evaluate
+    from entrocraft_trl.compare.run import train_and_evaluate
+    from entrocraft_trl.tasks.task import expression_arguments, expression_task
 
     config = EntrocraftGRPOConfig(
         **expression_arguments(output_dir, max_steps=STEPS, seed=seed) | {"disable_tqdm": True},

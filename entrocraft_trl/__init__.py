@@ -51,7 +51,7 @@ _MODULE_OF = {
     "Band": "control.schedule",
     "band_at": "control.schedule",
     "pass_at_k": "evaluation.accuracy",
-    "evaluate_policy": "evaluation.accuracy",
+    "evaluate_policy": "evaluation.evaluate",
 }
 
 __all__ = [
@@ -72,7 +72,8 @@ if TYPE_CHECKING:
     from .config import EntrocraftGRPOConfig, EntrocraftRLOOConfig
     from .control.mixin import EntropyControlMixin
     from .control.schedule import Band, band_at
-    from .evaluation.accuracy import evaluate_policy, pass_at_k
+    from .evaluation.accuracy import pass_at_k
+    from .evaluation.evaluate import evaluate_policy
     from .reports.live import EntropyCurveCallback
     from .services import Services
     from .trainer import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,7 @@ from . import CommandError, CommandParser, user_errors
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..evaluation.sampling import Sample
-
-    # Samples (B, n) of B prompts of token ids, the first of which has this number in the data set.
-    Sampler = Callable[[list[list[int]], int], list[list[Sample]]]
+    from ..evaluation.sampling import Sampler
 
 # Completions sampled at once: what fits beside a model of a few billion parameters, and what keeps vLLM busy.
 BATCH_SIZE, VLLM_BATCH_SIZE = 32, 1024
@@ -91,7 +89,8 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from ..evaluation.sample_file import append_samples, resume_samples
+    from ..evaluation.evaluate import evaluate_blocks
+    from ..evaluation.sample_file import append_samples
 
     with user_errors():
         tokenizer, adapter = _load_tokenizer(args)
@@ -101,13 +100,23 @@ def _evaluate(args: argparse.Namespace) -> None:
         file = Path(args.output_dir) / "samples.jsonl"
         if args.overwrite:
             file.unlink(missing_ok=True)
-        records = _resume(resume_samples, file, settings, block)
+        records = _finished(file, settings, block)
     if records:
         print(f"continuing after {len(records)} of {len(rows)} prompts in {printable(str(file))}", flush=True)
     if len(records) < len(rows):
         with user_errors():
             sampler = (_vllm_sampler if args.use_vllm else _transformers_sampler)(args, tokenizer, adapter)
-        _sample_missing(rows, records, block, tokenizer, sampler, reward, args, lambda new: append_samples(file, new))
+        records = evaluate_blocks(
+            rows,
+            tokenizer,
+            sampler,
+            reward,
+            block=block,
+            records=records,
+            save=partial(append_samples, file),
+            chat_template_kwargs=args.chat_template_kwargs,
+            progress=True,
+        )
     _write_results(args, settings, records)
 
 
@@ -133,7 +142,9 @@ def _check(args: argparse.Namespace) -> None:
     args.batch_size = args.batch_size or (VLLM_BATCH_SIZE if args.use_vllm else BATCH_SIZE)
 
 
-def _resume(resume_samples: Callable, file: Path, settings: dict, block: int) -> list[dict[str, Any]]:
+def _finished(file: Path, settings: dict[str, Any], block: int) -> list[dict[str, Any]]:
+    from ..evaluation.sample_file import resume_samples
+
     try:
         return resume_samples(file, settings, block)
     except ValueError as error:
@@ -197,15 +208,18 @@ def _settings(args: argparse.Namespace, rows: Dataset) -> dict[str, Any]:
     return settings
 
 
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")}
+def _sampling(args: argparse.Namespace):
+    from transformers import GenerationConfig
+
+    names = ("temperature", "top_p", "top_k", "max_new_tokens")
+    return GenerationConfig(do_sample=True, **{name: getattr(args, name) for name in names})
 
 
 def _transformers_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
     import torch
     import transformers
 
-    from ..evaluation.sampling import sample_prompts
+    from ..evaluation.sampling import transformers_sampler
 
     model = transformers.AutoModelForCausalLM.from_pretrained(  # an adapter's base model is found and loaded too
         args.model,
@@ -214,17 +228,13 @@ def _transformers_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampl
         dtype=args.dtype,
         device_map="auto" if torch.accelerator.is_available() else None,
     )
-
-    def sample(prompts: list[list[int]], start: int) -> list[list[Sample]]:
-        # A seed of its own for each block: a continued evaluation draws what an undisturbed one would.
-        more = {"batch_size": args.batch_size, "seed": (args.seed << 32) + start, "measure_entropy": True}
-        return sample_prompts(model, tokenizer, prompts, args.n, **_sampling(args), **more)
-
-    return sample
+    # Shifted, since the blocks count on from there: the seeds of two evaluations do not meet.
+    seed = args.seed << 32
+    return transformers_sampler(model, tokenizer, args.n, _sampling(args), batch_size=args.batch_size, seed=seed)
 
 
 def _vllm_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
-    from ..evaluation.sampling import sample_prompts_with_vllm, vllm_lora_rank
+    from ..evaluation.vllm_sampling import lora_rank, vllm_sampler
 
     try:
         from vllm import LLM
@@ -235,63 +245,27 @@ def _vllm_sampler(args: argparse.Namespace, tokenizer, adapter) -> Sampler:
         llm = LLM(model=args.model, revision=args.model_revision, **options)
     else:
         base = adapter.base_model_name_or_path
-        rank = vllm_lora_rank(adapter)
+        rank = lora_rank(adapter)
         llm = LLM(model=base, revision=adapter.revision, enable_lora=True, max_lora_rank=rank, **options)
-
-    def sample(prompts: list[list[int]], start: int) -> list[list[Sample]]:
-        adapter_path = args.model if adapter is not None else None
-        seed = (args.seed << 32) + start * args.n  # vLLM takes as many seeds as there are samples
-        return sample_prompts_with_vllm(
-            llm, tokenizer, prompts, args.n, **_sampling(args), seed=seed, adapter=adapter_path
-        )
-
-    return sample
+    path = args.model if adapter is not None else None
+    return vllm_sampler(llm, tokenizer, args.n, _sampling(args), seed=args.seed << 32, adapter=path)
 
 
-# --------------------------------------------------------------------------------------------------- sample and report
-
-
-def _sample_missing(
-    rows: Dataset,
-    records: list[dict[str, Any]],
-    block: int,
-    tokenizer,
-    sampler: Sampler,
-    reward: Callable,
-    args: argparse.Namespace,
-    save: Callable[[Sequence[dict[str, Any]]], None],
-) -> None:
-    """Sample and score block by block; each is saved before the next begins, and appended to `records`."""
-    from tqdm.auto import tqdm
-
-    from ..evaluation.records import score_block
-    from ..evaluation.sampling import encode_prompt
-
-    with tqdm(total=len(rows), initial=len(records), desc="Evaluating", unit="prompt") as bar:
-        for start in range(len(records), len(rows), block):
-            part = rows.select(range(start, min(start + block, len(rows))))
-            prompts = [encode_prompt(tokenizer, prompt, **args.chat_template_kwargs) for prompt in part["prompt"]]
-            samples = sampler(prompts, start)
-            new = score_block(part, start, samples, reward, args.n)
-            save(new)
-            records += new
-            bar.update(len(new))
-            right = [value is not None and value > 0.5 for record in records for value in record["rewards"]]
-            bar.set_postfix({f"mean@{args.n}": f"{sum(right) / len(right):.3f}"})
+# -------------------------------------------------------------------------------------------------------------- report
 
 
 def _write_results(args: argparse.Namespace, settings: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
     from ..atomic import write_atomically
+    from ..evaluation.accuracy import pass_at_k_curve
     from ..evaluation.records import summarise_records
     from ..reports.plots import plot_pass_at_k, save_figure
 
-    metrics = summarise_records(records, args.n)
+    metrics = summarise_records(records)
     folder = Path(args.output_dir)
     summary = {"metrics": metrics, "settings": settings}
     text = (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode()
     write_atomically(folder / "summary.json", lambda stream: stream.write(text))
-    curve = {int(name.removeprefix("pass@")): value for name, value in metrics.items() if name.startswith("pass@")}
-    figure = plot_pass_at_k({Path(args.model).name: curve}, Path(args.dataset).stem)
+    figure = plot_pass_at_k({Path(args.model).name: pass_at_k_curve(metrics)}, Path(args.dataset).stem)
     save_figure(figure, folder / "pass_at_k.png")
     print(f"{len(records)} prompts, {args.n} completions each")
     for name, value in metrics.items():

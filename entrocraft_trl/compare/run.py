@@ -1,76 +1,21 @@
 """Train a policy with one method and measure it, in the same way for every trainer, so that methods compare."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
+from datasets import concatenate_datasets
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from ..evaluation.accuracy import evaluate_policy
-from ..reports.log import entropies
-from ..tasks import expressions, starting_policy
-
-
-class Task(NamedTuple):
-    """A policy to start from, and what to train and to measure it on."""
-
-    policy: Path
-    train: Dataset
-    test: Dataset
-    reward: Callable[..., list[float]]
-    canonical: Callable[[str], str]
-    max_completion_length: int
-
-
-def expression_task(seed: int = 0, progress: bool = True) -> Task:
-    """The embedded task; `seed` orders the training prompts. Makes the starting policy on the first call."""
-    return Task(
-        policy=starting_policy(progress=progress),
-        train=expressions.make_dataset("train", 4096, seed),
-        test=expressions.make_dataset("test", len(expressions.TEST_TARGETS), 0),
-        reward=expressions.expression_reward,
-        canonical=expressions.canonical_answer,
-        max_completion_length=expressions.MAX_COMPLETION_LENGTH,
-    )
-
-
-def expression_arguments(output_dir: str, *, max_steps: int = 300, seed: int = 0) -> dict[str, Any]:
-    """
-    Trainer arguments for the embedded task on a CPU, the same for every method (also in `configs/quickstart.yaml`).
-
-    At this learning rate plain GRPO loses most of its entropy within 300 steps, and one step moves the entropy by less
-    than one reading of it scatters.
-    """
-    return {
-        "output_dir": output_dir,
-        "per_device_train_batch_size": 128,
-        "num_generations": 8,
-        "max_completion_length": expressions.MAX_COMPLETION_LENGTH,
-        "max_steps": max_steps,
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": seed,
-    }
-
-
-def load_policy(task: Task) -> tuple[Any, Any]:
-    """The task's starting policy: its model and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(task.policy), AutoTokenizer.from_pretrained(task.policy)
-
-
-def evaluate_start(task: Task, *, on_training_prompts: bool = False, progress: bool = False) -> dict[str, float]:
-    """[`evaluate`] of the starting policy; its `entropy` on the training prompts is what a run measures first."""
-    if on_training_prompts:
-        task = task._replace(test=expressions.make_dataset("train", len(expressions.TRAIN_TARGETS), 0))
-    return evaluate(*load_policy(task), task, progress=progress)
+from ..evaluation.evaluate import evaluate_policy
+from ..tasks import expressions
+from ..tasks.task import Task, load_policy
 
 
 class Run(NamedTuple):
@@ -81,9 +26,18 @@ class Run(NamedTuple):
     seconds: float
 
 
-def evaluate(model, tokenizer, task: Task, *, samples: int = 32, repeats: int = 4, seed: int = 0, progress=False):
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    samples: int = 32,
+    repeats: int = 4,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, float]:
     """
-    Mean@n, pass@n, distinct right answers and entropy at temperature 1 on the task's held-out prompts.
+    [`evaluate_policy`] on the task's held-out prompts, with the task's sampling settings.
 
     The prompts are sampled `repeats` times over, which divides the variance of every figure by that number.
     """
@@ -92,14 +46,25 @@ def evaluate(model, tokenizer, task: Task, *, samples: int = 32, repeats: int = 
         tokenizer,
         concatenate_datasets([task.test] * repeats),
         task.reward,
-        n=samples,
-        ks=(samples,),
+        samples,
+        generation_config=task.generation_config,
         canonical=task.canonical,
-        max_new_tokens=task.max_completion_length,
         batch_size=512,
         seed=seed,
         progress=progress,
     )
+
+
+def evaluate_start(
+    task: Task, *, on_training_prompts: bool = False, seed: int = 0, progress: bool = False
+) -> dict[str, float]:
+    """
+    [`evaluate`] of the starting policy. At temperature 1, its `entropy` on the training prompts is what a run measures
+    first.
+    """
+    if on_training_prompts:
+        task = task._replace(test=expressions.make_dataset("train", len(expressions.TRAIN_TARGETS), 0))
+    return evaluate(*load_policy(task), task, seed=seed, progress=progress)
 
 
 def train_and_evaluate(
@@ -135,8 +100,3 @@ def train_and_evaluate(
     trainer.save_state()
     log = [record for record in trainer.state.log_history if "reward" in record]
     return Run(log, evaluate(trainer.model, tokenizer, task, seed=args.seed), seconds)
-
-
-def measured_entropies(log: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Batch entropies in nats, measured before any filter, in order; of a plain TRL run, TRL's own."""
-    return entropies(log)

@@ -1,24 +1,8 @@
-"""Evaluation by repeated sampling: mean@n, pass@k, distinct right answers and the token entropy of a policy."""
+"""Figures of repeated sampling: mean@n, pass@k and distinct right answers, from what was right."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from .sampling import encode_prompt, sample_completions, sample_prompts
-from .scoring import check_reward, score_samples
-
-
-__all__ = [
-    "default_ks",
-    "evaluate_policy",
-    "pass_at_k",
-    "right_by_prompt",
-    "sample_completions",
-    "summarise",
-]
+from collections.abc import Mapping, Sequence
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -116,70 +100,7 @@ def right_by_prompt(rewards: Sequence[float | None], n: int, threshold: float = 
     return [right[start : start + n] for start in range(0, len(right), n)]
 
 
-def evaluate_policy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    reward_func: Callable,
-    n: int = 32,
-    *,
-    ks: Sequence[int] | None = None,
-    threshold: float = 0.5,
-    canonical: Callable[[str], str] = str.strip,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, float]:
-    """
-    Sample `n` completions for every prompt of a dataset, score them and summarise.
-
-    Args:
-        model (`PreTrainedModel`): Causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
-        dataset (`datasets.Dataset`): `P` rows with a `prompt` column of text or chat messages; the other columns go to
-            the reward function.
-        reward_func (`Callable`): Reward function in TRL's signature, async or not: called once with `prompts=`,
-            `completions=`, `completion_ids=` and every other column as lists of length `P * n`, with `trainer_state=`
-            (that of a run that has ended), `log_extra=` and `log_metric=` (which go nowhere); returns as many rewards.
-            A reward of `None` counts as wrong.
-        n (`int`, *optional*, defaults to `32`): Completions for each prompt.
-        ks (`Sequence[int]`, *optional*): Values of `k` for pass@k. Defaults to `(n,)`.
-        threshold (`float`, *optional*, defaults to `0.5`): A completion is right if its reward is above this.
-        canonical (`Callable[[str], str]`, *optional*, defaults to `str.strip`): Maps a completion to the answer that
-            is compared when counting distinct right answers.
-        temperature, top_p, top_k, max_new_tokens, batch_size, seed, progress:
-            See [`sample_completions`].
-
-    Returns:
-        `dict[str, float]`: the keys of [`summarise`], and `"entropy"`: the mean over the sampled completion tokens of
-        the entropy of the policy's full distribution at temperature 1, in nats.
-
-    Raises:
-        `ValueError`: for sampling arguments or a `k` out of range; if the reward function does not take the arguments
-        above, before anything is sampled; or if it returns a wrong number of rewards.
-    """
-    ks = (n,) if ks is None else ks
-    check_reward(reward_func, dataset.column_names)
-    samples = sample_prompts(
-        model,
-        tokenizer,
-        [encode_prompt(tokenizer, prompt) for prompt in dataset["prompt"]],
-        n,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-        measure_entropy=True,
-    )
-    correct = right_by_prompt(score_samples(reward_func, dataset, samples), n, threshold)
-    answers = [[canonical(sample.text) for sample in row] for row in samples]
-    flat = [sample for row in samples for sample in row]
-    entropy = sum(sample.entropy_sum for sample in flat) / sum(len(sample.ids) for sample in flat)
-    return {**summarise(correct, answers, ks), "entropy": entropy}
+def pass_at_k_curve(figures: Mapping[str, float | None]) -> dict[int, float]:
+    """The `"pass@<k>"` among an evaluation's figures by `k`, in order."""
+    shares = {int(name.removeprefix("pass@")): share for name, share in figures.items() if name.startswith("pass@")}
+    return dict(sorted(shares.items()))

@@ -1,28 +1,26 @@
-"""Sampling from a policy outside training: many completions for each prompt, with transformers or with vLLM."""
+"""Sampling from a policy outside training: many completions for each prompt, with transformers' `generate`."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
 from ..policy.modes import eval_mode
 
 
-if TYPE_CHECKING:
-    from vllm import LLM
-
-# What vLLM takes as `max_lora_rank`; its newer versions also take 1.
-VLLM_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# `generate` fills what a `GenerationConfig` leaves open from the model's own, which no figure would mention.
+PLAIN_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages
 
@@ -39,6 +37,10 @@ class Sample(NamedTuple):
     entropy_sum: float | None = None
 
 
+# Samples (B, n) of B prompts of token ids, the first of which is the prompt of this number in the data set.
+Sampler = Callable[[list[list[int]], int], list[list[Sample]]]
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, **chat_template_kwargs: Any) -> list[int]:
     """Token ids of a prompt as TRL's trainers make them: text as it is, messages through the chat template."""
     if isinstance(prompt, list):
@@ -53,6 +55,26 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     declared = model.generation_config.eos_token_id
     declared = [declared] if isinstance(declared, int) else declared or []
     return sorted({tokenizer.eos_token_id, *declared})
+
+
+def sampling_settings(generation_config: GenerationConfig) -> GenerationConfig:
+    """
+    A copy in which plain sampling stands where `generation_config` says nothing: temperature 1, nothing cut off.
+
+    Raises:
+        `ValueError`: if `max_new_tokens` is not set, the temperature is not positive, or `do_sample` is off.
+    """
+    settings = copy.deepcopy(generation_config)
+    for name, value in PLAIN_SAMPLING.items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    if settings.max_new_tokens is None:
+        raise ValueError("`generation_config` must set `max_new_tokens`, got None.")
+    if not settings.temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {settings.temperature}.")
+    if not settings.do_sample:
+        raise ValueError(f"`do_sample` must be on, got {settings.do_sample}: greedy completions would be all alike.")
+    return settings
 
 
 @contextmanager
@@ -88,28 +110,18 @@ def _sample_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[list[int]],
-    *,
+    settings: GenerationConfig,
     measure_entropy: bool,
-    **generation: Any,
 ) -> list[Sample]:
     """One completion for each of the `B` rows of token ids, as one batch."""
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     tensors = [torch.tensor(row, device=model.device) for row in rows]
+    pad = settings.pad_token_id
     prompts = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side="left")  # (B, P)
     ones = [torch.ones_like(tensor) for tensor in tensors]
     attention_mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
-    ends = end_tokens(model, tokenizer)
-    ids = model.generate(
-        input_ids=prompts,
-        attention_mask=attention_mask,
-        do_sample=True,
-        repetition_penalty=1.0,  # some models' own generation config has another, which no figure would mention
-        pad_token_id=pad,
-        eos_token_id=ends,
-        **generation,
-    )
+    ids = model.generate(input_ids=prompts, attention_mask=attention_mask, generation_config=settings)
     completions = ids[:, prompts.shape[1] :]  # (B, T)
-    is_end = torch.isin(completions, torch.tensor(ends, device=ids.device))
+    is_end = torch.isin(completions, torch.tensor(settings.eos_token_id, device=ids.device))
     # Up to and with the first end of sequence: what follows is padding.
     mask = is_end.cumsum(dim=1) - is_end.long() == 0
     sums: list[float] | list[None] = [None] * len(rows)
@@ -138,11 +150,8 @@ def sample_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     n: int,
+    generation_config: GenerationConfig,
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    max_new_tokens: int,
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -151,17 +160,31 @@ def sample_prompts(
     """
     `n` samples `(P, n)` for each of `P` prompts of token ids, with `model.generate` on the model's device.
 
-    The arguments are those of [`sample_completions`]; `measure_entropy` adds one forward pass for each batch.
+    The mode (training or evaluation) of each of the model's modules and the global random state are as before
+    afterwards. The samples depend on the seed and on `batch_size`.
+
+    Args:
+        model (`PreTrainedModel`): Causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with an end-of-sequence token. Prompts are padded on the
+            left.
+        prompts (`Sequence[list[int]]`): Token ids, `(P,)` prompts of any length.
+        n (`int`): Completions for each prompt.
+        generation_config (`GenerationConfig`): Temperature, top-p, length limit and so on; see
+            [`sampling_settings`]. Its pad and end tokens do not count: they are those of tokenizer and model.
+        batch_size (`int`, *optional*, defaults to `64`): Completions generated at once.
+        seed (`int`, *optional*, defaults to `0`): Seed of the sampling.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
+        measure_entropy (`bool`, *optional*, defaults to `False`): Whether to fill `entropy_sum`, by one forward pass
+            more for each batch.
 
     Raises:
-        `ValueError`: as [`sample_completions`] does.
+        `ValueError`: if `n` or `batch_size` is below 1, or as [`sampling_settings`] does.
     """
-    if n < 1 or batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"`n`, `batch_size` and `max_new_tokens` must be at least 1, got {n}, {batch_size} and {max_new_tokens}."
-        )
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"`n` and `batch_size` must be at least 1, got {n} and {batch_size}.")
+    settings = sampling_settings(generation_config)
+    settings.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings.eos_token_id = end_tokens(model, tokenizer)
     rows = [prompt for prompt in prompts for _ in range(n)]
     samples: list[Sample] = []
     device = model.device
@@ -171,142 +194,27 @@ def sample_prompts(
         bar = tqdm(total=len(rows), desc="Sampling", unit="completion", disable=not progress)
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            samples += _sample_rows(
-                model,
-                tokenizer,
-                batch,
-                measure_entropy=measure_entropy,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_new_tokens=max_new_tokens,
-            )
+            samples += _sample_rows(model, tokenizer, batch, settings, measure_entropy)
             bar.update(len(batch))
         bar.close()
     return [samples[start : start + n] for start in range(0, len(samples), n)]
 
 
-def sample_completions(
+def transformers_sampler(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
     n: int,
+    generation_config: GenerationConfig,
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    max_new_tokens: int,
-    batch_size: int = 64,
-    seed: int = 0,
-    progress: bool = True,
-) -> list[list[str]]:
-    """
-    Sample `n` completions for each prompt with `model.generate`, on the model's device.
-
-    The mode (training or evaluation) of each of the model's modules and the global random state are as before
-    afterwards. The completions depend on the seed and on `batch_size`.
-
-    Args:
-        model (`PreTrainedModel`): Causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with an end-of-sequence token. Prompts are padded on the
-            left.
-        prompts (`Sequence[str | list[dict]]`): Prompts, text or chat messages, `(P,)`.
-        n (`int`): Completions for each prompt.
-        temperature (`float`, *optional*, defaults to `1.0`): Sampling temperature, above zero.
-        top_p (`float`, *optional*, defaults to `1.0`): Nucleus sampling; `1.0` is off.
-        top_k (`int`, *optional*, defaults to `0`): Top-k sampling; `0` is off.
-        max_new_tokens (`int`): Longest completion, in tokens.
-        batch_size (`int`, *optional*, defaults to `64`): Completions generated at once.
-        seed (`int`, *optional*, defaults to `0`): Seed of the sampling.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
-
-    Returns:
-        `list[list[str]]`: completions without special tokens, `(P, n)`.
-
-    Raises:
-        `ValueError`: if `n`, `batch_size` or `max_new_tokens` is below 1, or the temperature is not positive.
-    """
-    samples = sample_prompts(
-        model,
-        tokenizer,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        n,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
-    return [[sample.text for sample in row] for row in samples]
-
-
-def vllm_lora_rank(adapter: LoraConfig) -> int:
-    """
-    `max_lora_rank` of a vLLM engine for an adapter: the smallest of its sizes that fits the largest rank of any layer.
-
-    Raises:
-        `ValueError`: if none of them does.
-    """
-    rank = max([adapter.r, *adapter.rank_pattern.values()])
-    size = next((size for size in VLLM_LORA_RANKS if size >= rank), None)
-    if size is None:
-        raise ValueError(
-            f"vLLM serves adapters up to rank {VLLM_LORA_RANKS[-1]}, this one has {rank}: merge it into its model, or "
-            "sample without vLLM"
-        )
-    return size
-
-
-def sample_prompts_with_vllm(
-    llm: LLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    n: int,
-    *,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    max_new_tokens: int,
+    batch_size: int,
     seed: int,
-    adapter: str | None = None,
-) -> list[list[Sample]]:
-    """
-    `n` samples `(P, n)` for each of `P` prompts of token ids, from a vLLM engine. No entropy: vLLM returns
-    log-probabilities of a few tokens, and the entropy is over all of them.
+    progress: bool = False,
+) -> Sampler:
+    """[`sample_prompts`] with entropies. Each block of prompts has a seed of its own: `seed` plus its `start`."""
 
-    `adapter` is the folder of a LoRA adapter to sample with. Sample `j` of prompt `i` is
-    drawn from the random stream `seed + i * n + j`, which no other sample has.
-    """
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
+    def sample(prompts: list[list[int]], start: int) -> list[list[Sample]]:
+        # With a seed for each block, a continued evaluation draws what an undisturbed one would.
+        more = {"batch_size": batch_size, "seed": seed + start, "progress": progress, "measure_entropy": True}
+        return sample_prompts(model, tokenizer, prompts, n, generation_config, **more)
 
-    parameters = [
-        SamplingParams(
-            n=n,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k or -1,
-            max_tokens=max_new_tokens,
-            seed=seed + index * n,  # vLLM adds the sample's number to the seed of its request
-        )
-        for index in range(len(prompts))
-    ]
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        sampling_params=parameters,
-        lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
-        use_tqdm=False,
-    )
-    return [
-        [
-            Sample(
-                tokenizer.decode(completion.token_ids, skip_special_tokens=True),
-                list(completion.token_ids),
-                completion.finish_reason == "length",
-            )
-            for completion in output.outputs
-        ]
-        for output in outputs
-    ]
+    return sample

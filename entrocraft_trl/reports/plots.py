@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -147,16 +149,62 @@ def plot_pass_at_k(curves: Mapping[str, Mapping[int, float]], title: str | None 
     """
     figure = Figure(figsize=(6.4, 3.6), dpi=DPI, layout="constrained")
     axis = figure.subplots()
-    ks = sorted({k for curve in curves.values() for k in curve})
     for index, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[index % len(COLOURS)]
         axis.plot(sorted(curve), [curve[k] for k in sorted(curve)], marker="o", color=colour, label=_label(name))
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(ks, [str(k) for k in ks])
-    axis.set_ylim(-0.02, 1.02)
-    axis.set_xlabel("k (samples per prompt)")
-    _finish(axis, "pass@k")
+    _label_ks(axis, sorted({k for curve in curves.values() for k in curve}))
     _legend(axis, title)
+    return figure
+
+
+def plot_entropy_and_pass_at_k(
+    readings: Mapping[str, Sequence[Sequence[float]]],
+    band: Sequence[tuple[float, float]],
+    curves: Mapping[str, Sequence[Mapping[int, float]]],
+    title: str | None = None,
+) -> Figure:
+    """
+    What a band does to the entropy, beside what that does to pass@k. Of several seeds, means are drawn over pale lines
+    for each seed (entropy) and over a pale area of a sample standard deviation to both sides (pass@k).
+
+    Args:
+        readings (`Mapping[str, Sequence[Sequence[float]]]`):
+            Name of each run and its entropies in nats, one a step, on each of `S` seeds, `(S, T)`.
+        band (`Sequence[tuple[float, float]]`):
+            Low and high edge at each step, `(T, 2)`.
+        curves (`Mapping[str, Sequence[Mapping[int, float]]]`):
+            Name of each policy and its pass@k on each seed, `{k: share}`, `(S,)`. A policy that is no run, such as the
+            one they start from, is dashed.
+        title (`str`, *optional*):
+            Heading.
+    """
+    figure = Figure(figsize=(9.6, 4.2), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = dict(zip(readings, itertools.cycle(COLOURS), strict=False))
+    low, high = zip(*band, strict=True)
+    steps = range(1, len(band) + 1)
+    left.fill_between(steps, low, high, color=BAND_COLOUR, alpha=BAND_ALPHA, linewidth=0, label="band")
+    for name, seeds in readings.items():
+        for seed in seeds if len(seeds) > 1 else ():
+            left.plot(steps, seed, color=colours[name], linewidth=0.6, alpha=0.35)
+        means = [mean(step) for step in zip(*seeds, strict=True)]
+        left.plot(steps, means, color=colours[name], linewidth=1.6, label=_label(name))
+    left.set_ylim(bottom=0)
+    _finish(left, "Entropy (nats)")
+    _label_steps(left)
+    for name, seeds in curves.items():
+        style = {"color": colours.get(name, "#444444"), "linestyle": "-" if name in colours else "--"}
+        ks = sorted(seeds[0])
+        shares = [[seed[k] for seed in seeds] for k in ks]
+        means = [mean(share) for share in shares]
+        right.plot(ks, means, marker="o", markersize=4, linewidth=1.6, **style)
+        if len(seeds) > 1:
+            sides = [(m - stdev(share), m + stdev(share)) for m, share in zip(means, shares, strict=True)]
+            right.fill_between(ks, *zip(*sides, strict=True), color=style["color"], alpha=0.15, linewidth=0)
+        if name not in colours:  # the legend is the left panel's
+            left.plot([], [], label=_label(name), **style)
+    _label_ks(right, sorted({k for seeds in curves.values() for curve in seeds for k in curve}))
+    _legend(left, title)
     return figure
 
 
@@ -214,6 +262,14 @@ def _finish(axis: Axes, label: str) -> None:
 def _label_steps(axis: Axes) -> None:
     axis.set_xlabel("Optimizer step")
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+
+
+def _label_ks(axis: Axes, ks: Sequence[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ks, [str(k) for k in ks])
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xlabel("k (samples per prompt)")
+    _finish(axis, "pass@k")
 
 
 def _label(name: str) -> str:

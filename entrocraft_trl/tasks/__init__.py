@@ -1,4 +1,4 @@
-"""Embedded tasks, which need neither a download nor a GPU."""
+"""Embedded tasks, which need neither a download nor a GPU: data and reward, a starting policy, settings (`task`)."""
 
 from .expressions import (
     MAX_COMPLETION_LENGTH,

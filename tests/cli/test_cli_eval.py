@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from entrocraft_trl.cli import main
 from entrocraft_trl.evaluation import sampling
@@ -93,8 +93,8 @@ def test_figures_equal_sampling_and_counting_by_hand(reference_folder, data, tmp
     samples = []
     for start in range(0, 7, 2):
         prompts = [encode_prompt(tokenizer, row["question"]) for row in ROWS[start : start + 2]]
-        settings = {"max_new_tokens": 6, "batch_size": 8, "measure_entropy": True}
-        samples += sample_prompts(model, tokenizer, prompts, 4, seed=(3 << 32) + start, **settings)
+        settings = {"seed": (3 << 32) + start, "batch_size": 8, "measure_entropy": True}
+        samples += sample_prompts(model, tokenizer, prompts, 4, GenerationConfig(max_new_tokens=6), **settings)
     right = [[sample.text[:1].isdigit() for sample in row] for row in samples]
     counts = [sum(row) for row in right]
     assert len(set(counts)) > 1, "the test needs prompts that differ in their number of right samples"
@@ -297,12 +297,15 @@ def test_adapter_folder_samples_from_the_adapted_model(reference_folder, data, t
     assert main(command(folder, data, tmp_path / "out", *greedy)) == 0
     merged = adapted.merge_and_unload()
     tokenizer = AutoTokenizer.from_pretrained(reference_folder)
-    prompts = [row["question"] for row in ROWS]
-    settings = {"temperature": 1e-4, "max_new_tokens": 6, "progress": False}
-    wanted = sampling.sample_completions(merged, tokenizer, prompts, 4, **settings)
+    settings = GenerationConfig(do_sample=True, temperature=1e-4, max_new_tokens=6)
+
+    def completions(model):
+        prompts = [encode_prompt(tokenizer, row["question"]) for row in ROWS]
+        return [[sample.text for sample in row] for row in sample_prompts(model, tokenizer, prompts, 4, settings)]
+
     plain = AutoModelForCausalLM.from_pretrained(reference_folder)
-    assert wanted != sampling.sample_completions(plain, tokenizer, prompts, 4, **settings)
-    assert [record["completions"] for record in records_of(tmp_path / "out")] == wanted
+    assert completions(merged) != completions(plain)
+    assert [record["completions"] for record in records_of(tmp_path / "out")] == completions(merged)
 
 
 def test_chat_prompts_go_through_the_template(reference_folder):
@@ -322,17 +325,17 @@ def test_every_end_token_of_the_model_ends_a_completion(reference_folder, monkey
     model.generation_config.eos_token_id = [other]
     tail = torch.tensor([[5, other, tiny.PAD], [5, 6, tiny.EOS], [5, 6, 7]])
     monkeypatch.setattr(model, "generate", lambda input_ids, **kwargs: torch.cat([input_ids, tail], dim=1))
-    (samples,) = sample_prompts(model, tokenizer, [[2, 3]], 3, max_new_tokens=3)
+    (samples,) = sample_prompts(model, tokenizer, [[2, 3]], 3, GenerationConfig(max_new_tokens=3))
     assert [sample.ids for sample in samples] == [[5, other], [5, 6, tiny.EOS], [5, 6, 7]]
     assert [sample.truncated for sample in samples] == [False, False, True]
 
 
 def test_measuring_entropy_leaves_the_forward_as_it_was(reference_folder):
     model, tokenizer = (c.from_pretrained(reference_folder) for c in (AutoModelForCausalLM, AutoTokenizer))
-    sample_prompts(model, tokenizer, [[2, 3]], 1, max_new_tokens=2, measure_entropy=True)
+    sample_prompts(model, tokenizer, [[2, 3]], 1, GenerationConfig(max_new_tokens=2), measure_entropy=True)
     assert "forward" not in vars(model)
     model.forward = forward = model.forward  # as a trainer's patched model has it
-    sample_prompts(model, tokenizer, [[2, 3]], 1, max_new_tokens=2, measure_entropy=True)
+    sample_prompts(model, tokenizer, [[2, 3]], 1, GenerationConfig(max_new_tokens=2), measure_entropy=True)
     assert vars(model)["forward"] is forward
 
 
@@ -435,7 +438,9 @@ def test_math_verify_on_real_answers(reference_folder, tmp_path, monkeypatch, fi
     answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()]
     served = iter(answers)
 
-    def right_for_one_of_two(model, tokenizer, prompts, n, **kwargs):
+    def right_for_one_of_two(model, tokenizer, prompts, n, generation_config, **kwargs):
+        assert (generation_config.temperature, generation_config.top_p) == (0.6, 0.95)  # the paper's, by default
+        assert (generation_config.top_k, generation_config.max_new_tokens) == (20, 3072)
         texts = [
             [f"So it is $\\boxed{{{str(answer).removesuffix('.0')}}}$.", "So it is $\\boxed{-17}$."]
             for answer in served

@@ -12,6 +12,7 @@ from benchmarks import control, control_report
 from entrocraft_trl import EntrocraftGRPOTrainer
 from entrocraft_trl.compare import run as comparison
 from entrocraft_trl.control.schedule import band_at, parse_knots
+from entrocraft_trl.tasks import task as tasks
 
 
 def make_record(entropy, method="entropy_change", band="constant", seed=0, accepted=1.0, mean_at_32=0.5):
@@ -111,13 +112,6 @@ def test_reentry_is_measured_from_the_middle_of_the_run_and_for_the_step_band_al
     assert control.measure(make_record(entropy), knots, "constant")["reentry_steps"] is None
 
 
-def test_spread():
-    assert control.spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "std": 1.0}  # of a sample: n - 1
-    assert control.spread([0.25]) == {"mean": 0.25, "std": 0.0}
-    assert control.spread([1.0, None]) == {"mean": None, "std": None}
-    assert control.spread([0.0, 0]) == {"mean": 0.0, "std": 0.0}
-
-
 def test_plain_grpo_runs_once_per_seed_and_every_seed_is_a_whole_table(tmp_path):
     bands = ("constant", "step")
     todo = control.jobs(tmp_path, 0.9, 60, (0, 1), bands, bonus=(1e-3, 0.1))
@@ -141,7 +135,7 @@ def trained(monkeypatch):
         log = [{"reward": 0.5, "entropy": 0.6 + 0.01 * step} for step in range(args.max_steps)]
         return comparison.Run(log, make_record([])["evaluation"], 1.0)
 
-    monkeypatch.setattr(comparison, "expression_task", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tasks, "expression_task", lambda *args, **kwargs: None)
     monkeypatch.setattr(comparison, "train_and_evaluate", train_and_evaluate)
     for name in ("set_verbosity_error", "disable_progress_bar"):  # they would outlive this test
         monkeypatch.setattr(transformers.logging, name, lambda: None)
@@ -163,7 +157,7 @@ def test_every_method_trains_with_the_same_arguments_towards_the_same_band(tmp_p
         record = control.run_one(job)
         assert control.measure(record, control.band_knots(0.9)["linear"], "linear")["mean_at_32"] == 0.5
     configs = {job["method"]: (trainer, args) for job, (trainer, args, _) in zip(todo, trained, strict=True)}
-    shared = comparison.expression_arguments("", max_steps=10, seed=3)
+    shared = tasks.expression_arguments("", max_steps=10, seed=3)
     expected = GRPOConfig(**shared)
     for _, args in configs.values():
         assert all(getattr(args, name) == getattr(expected, name) for name in shared if name != "output_dir")

@@ -6,12 +6,14 @@ import math
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
 from entrocraft_trl.compare import run as comparison
+from entrocraft_trl.reports.log import entropies
 from entrocraft_trl.tasks import expressions
+from entrocraft_trl.tasks import task as tasks
 from entrocraft_trl.tasks.warmup import WarmupSettings, starting_policy
 
 
@@ -26,11 +28,11 @@ def task(tmp_path_factory):
     settings = WarmupSettings(steps=2, habit_steps=1, batch_size=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            comparison,
+            tasks,
             "starting_policy",
             lambda progress: starting_policy(cache, settings=settings, progress=progress),
         )
-        whole = comparison.expression_task(seed=3, progress=False)
+        whole = tasks.expression_task(seed=3, progress=False)
     assert whole.policy.parent == cache
     return whole
 
@@ -54,7 +56,7 @@ def runs(short_task, tmp_path_factory):
     finished = {}
     for name, (trainer_class, config_class) in TRAINERS.items():
         folder, callback = tmp_path_factory.mktemp(name), NotesSteps()
-        arguments = comparison.expression_arguments(str(folder), max_steps=STEPS, seed=5)
+        arguments = tasks.expression_arguments(str(folder), max_steps=STEPS, seed=5)
         args = config_class(**{**arguments, "per_device_train_batch_size": 16, "disable_tqdm": True})
         run = comparison.train_and_evaluate(trainer_class, args, short_task, callbacks=[callback])
         finished[name] = (run, folder, callback)
@@ -68,12 +70,13 @@ def test_the_embedded_task_holds_the_splits_and_its_seed_orders_the_training_pro
     assert list(task.train["target"]) == list(expressions.make_dataset("train", 4096, 3)["target"])
     assert task.reward(completions=["9+8+9-2", "9+9"], target=[24, 18]) == [1.0, 0.0]
     assert task.canonical(" 9 + 9") == "9+9"
-    assert task.max_completion_length == expressions.MAX_COMPLETION_LENGTH
+    assert task.generation_config.max_new_tokens == expressions.MAX_COMPLETION_LENGTH
+    assert task.generation_config.temperature == 1.0
 
 
 @pytest.mark.parametrize("config_class", [GRPOConfig, EntrocraftGRPOConfig])
 def test_arguments_of_the_embedded_task_fit_every_config(config_class):
-    args = config_class(**comparison.expression_arguments("folder", max_steps=7, seed=11))
+    args = config_class(**tasks.expression_arguments("folder", max_steps=7, seed=11))
     assert (args.output_dir, args.max_steps, args.seed) == ("folder", 7, 11)
     assert args.max_completion_length == expressions.MAX_COMPLETION_LENGTH
     assert (args.logging_steps, args.lr_scheduler_type) == (1, "constant")
@@ -92,7 +95,8 @@ def test_the_log_has_one_record_per_step(runs, name):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_evaluation_has_the_same_figures_for_every_trainer(runs, name):
     evaluation = runs[name][0].evaluation
-    assert set(evaluation) == {"mean@32", "pass@32", "distinct_correct", "entropy"}
+    curve = {f"pass@{k}" for k in (1, 2, 4, 8, 16, 32)}
+    assert set(evaluation) == {"mean@32", *curve, "distinct_correct", "entropy", "mean_tokens", "truncated"}
     assert 0.0 <= evaluation["mean@32"] <= evaluation["pass@32"] <= 1.0
     assert 0.0 < evaluation["entropy"] <= math.log(len(expressions.build_tokenizer()))
 
@@ -107,17 +111,10 @@ def test_the_log_is_saved(runs, name):
 def test_all_trainers_start_from_the_same_rollouts(runs):
     """Same policy, same seed: the first reading is taken on the same tokens, by TRL's pass or by ours."""
     (plain, _, _), (ours, _, _) = runs.values()
-    first, ours_first = (comparison.measured_entropies(run.log)[0] for run in (plain, ours))
+    first, ours_first = (entropies(run.log)[0] for run in (plain, ours))
     assert ours_first == pytest.approx(first, rel=1e-5)
     for key in ("reward", "completions/mean_length", "num_tokens"):
         assert plain.log[0][key] == ours.log[0][key]
-
-
-def test_measured_entropies_are_those_before_any_filter():
-    assert comparison.measured_entropies([{"entropy": 0.3}, {"entropy": 0.4}]) == [0.3, 0.4]
-    # A step without a reading of ours: TRL's entropy counts what the filter left and must not stand in for it.
-    log = [{"entropy": 0.3, "entrocraft/entropy": 0.5}, {"entropy": 0.0}, {"entropy": 0.2, "entrocraft/entropy": 0.6}]
-    assert comparison.measured_entropies(log) == [0.5, 0.6]
 
 
 def test_the_trained_policy_is_evaluated(short_task, monkeypatch):
@@ -128,7 +125,7 @@ def test_the_trained_policy_is_evaluated(short_task, monkeypatch):
         return {"mean@32": 0.25}
 
     monkeypatch.setattr(comparison, "evaluate", evaluate)
-    arguments = comparison.expression_arguments("run", max_steps=1, seed=6)
+    arguments = tasks.expression_arguments("run", max_steps=1, seed=6)
     args = EntrocraftGRPOConfig(**{**arguments, "per_device_train_batch_size": 8, "disable_tqdm": True})
     task = short_task._replace(reward=tiny.share_of_digits)  # right answers are too rare here to learn from in a step
     run = comparison.train_and_evaluate(EntrocraftGRPOTrainer, args, task)
@@ -155,3 +152,19 @@ def test_evaluation_samples_each_prompt_in_every_repeat(short_task):
     assert prompts == [first] * 3 + [second] * 3 + [first] * 3 + [second] * 3
     assert (found["mean@3"], found["pass@3"]) == (1.0, 1.0)
     assert 1.0 <= found["distinct_correct"] <= 3.0
+
+
+def test_the_tasks_temperature_reaches_the_sampler(short_task, monkeypatch):
+    model, tokenizer = tasks.load_policy(short_task)
+    seen, generate = [], model.generate
+
+    def generate_and_look(generation_config, **inputs):
+        seen.append(generation_config)
+        return generate(generation_config=generation_config, **inputs)
+
+    monkeypatch.setattr(model, "generate", generate_and_look)
+    settings = GenerationConfig(do_sample=True, temperature=0.25, max_new_tokens=3)
+    comparison.evaluate(model, tokenizer, short_task._replace(generation_config=settings), samples=2, repeats=1)
+    (used,) = seen
+    assert (used.do_sample, used.temperature, used.max_new_tokens) == (True, 0.25, 3)
+    assert (used.top_p, used.top_k) == (1.0, 0)

@@ -11,13 +11,13 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import accuracy_reward
 
+from entrocraft_trl import evaluate_policy
 from entrocraft_trl.cli import main
-from entrocraft_trl.evaluation import accuracy as evaluation
 from entrocraft_trl.evaluation import sampling
-from entrocraft_trl.evaluation.accuracy import evaluate_policy
 from entrocraft_trl.evaluation.sampling import Sample
 from entrocraft_trl.evaluation.scoring import check_reward, score_samples
 
@@ -25,6 +25,7 @@ from entrocraft_trl.evaluation.scoring import check_reward, score_samples
 ROWS = Dataset.from_dict({"prompt": ["1+1=", "2+2="], "solution": ["2", "4"]})
 SAMPLES = [[Sample("2", [4], False), Sample("3", [5], False)], [Sample("4", [6], False), Sample("4", [6], False)]]
 RIGHT = [1.0, 0.0, 1.0, 1.0]
+SETTINGS = {"generation_config": GenerationConfig(max_new_tokens=2)}
 
 
 def right(completions, solution, **kwargs):
@@ -167,9 +168,9 @@ UNCALLABLE = {
 
 @pytest.mark.parametrize(("reward", "message"), UNCALLABLE.values(), ids=UNCALLABLE)
 def test_a_reward_that_cannot_be_called_is_refused_before_sampling(monkeypatch, reward, message):
-    monkeypatch.setattr(evaluation, "sample_prompts", lambda *args, **kwargs: pytest.fail("sampled"))
+    monkeypatch.setattr(sampling, "sample_prompts", lambda *args, **kwargs: pytest.fail("sampled"))
     with pytest.raises(ValueError, match=f"the reward '{reward.__name__}' cannot be called .*: {message}"):
-        evaluate_policy(None, tiny.build_tokenizer(), ROWS, reward, 2, max_new_tokens=2)
+        evaluate_policy(None, tiny.build_tokenizer(), ROWS, reward, 2, **SETTINGS)
 
 
 # ------------------------------------------------------------------------------------------ the two ways to evaluate
@@ -180,26 +181,23 @@ def forced(monkeypatch):
     """Both ways to evaluate "sample" [`SAMPLES`], with an entropy of half a nat a token."""
     samples = [[sample._replace(entropy_sum=0.5) for sample in row] for row in SAMPLES]
 
-    def sample(model, tokenizer, prompts, n, **kwargs):
-        return samples
-
-    for module in (sampling, evaluation):
-        monkeypatch.setattr(module, "sample_prompts", sample)
+    monkeypatch.setattr(sampling, "sample_prompts", lambda *args, **kwargs: samples)
 
 
 @pytest.mark.parametrize("reward", FORMS.values(), ids=FORMS)
 def test_evaluate_policy_takes_every_form(forced, reward):
-    result = evaluate_policy(None, tiny.build_tokenizer(), ROWS, reward, 2, max_new_tokens=2)
-    assert result == {"mean@2": 0.75, "pass@2": 1.0, "distinct_correct": 1.0, "entropy": 0.5}
+    result = evaluate_policy(None, tiny.build_tokenizer(), ROWS, reward, 2, **SETTINGS)
+    figures = {"mean@2": 0.75, "pass@1": 0.75, "pass@2": 1.0, "distinct_correct": 1.0, "entropy": 0.5}
+    assert result == {**figures, "mean_tokens": 1.0, "truncated": 0.0}
 
 
 def test_evaluate_policy_with_chat_prompts_and_trls_accuracy_reward(forced, monkeypatch):
     rows = ROWS.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
     boxed = [[sample._replace(text=f"$\\boxed{{{sample.text}}}$", entropy_sum=0.5) for sample in r] for r in SAMPLES]
-    monkeypatch.setattr(evaluation, "sample_prompts", lambda *args, **kwargs: boxed)
+    monkeypatch.setattr(sampling, "sample_prompts", lambda *args, **kwargs: boxed)
     tokenizer = tiny.build_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    result = evaluate_policy(None, tokenizer, rows, accuracy_reward, 2, max_new_tokens=2)
+    result = evaluate_policy(None, tokenizer, rows, accuracy_reward, 2, **SETTINGS)
     assert (result["mean@2"], result["distinct_correct"]) == (0.75, 1.0)
 
 

@@ -45,8 +45,9 @@ CHECKS = {
 assert set(evaluations) == set(answers) == {"before", "GRPO", "Entrocraft"}
 assert [record["step"] for record in logs["GRPO"]] == [record["step"] for record in logs["Entrocraft"]] == [1, 2]
 # Same start, same seed: the first batch is the same, and its entropy the initial one.
-assert abs(entropies["GRPO"][0] - entropies["Entrocraft"][0]) < 1e-5
-assert abs(bands[0][0] - 0.9 * entropies["Entrocraft"][0]) < 1e-5
+assert abs(readings["GRPO"][0] - readings["Entrocraft"][0]) < 1e-5
+assert abs(band[0][0] - 0.9 * readings["Entrocraft"][0]) < 1e-5
+assert sampling.temperature == 0.6 and table.loc["before", "entropy"] == readings["GRPO"][0]
 for values in evaluations.values():
     assert abs(values["pass@1"] - values["mean@4"]) < 1e-9 and values["pass@1"] <= values["pass@2"] <= values["pass@4"]
 assert list(table.index) == ["before", "GRPO", "Entrocraft"]
@@ -61,7 +62,7 @@ counters = 4 * sum(parameter.requires_grad for parameter in trainer.model.parame
 assert memory_use["before"]["optimizer states"] == 0 and memory_use["before"]["adapter"] == trainable * 4 / 2**20
 assert abs(memory_use["after"]["optimizer states"] - 2 * memory_use["after"]["adapter"] - counters) < 1e-9
 assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files)
-assert set(evaluations) == set(completions) == {"before", "after"}
+assert set(evaluations) == set(completions) == {"before", "after"} and sampling.temperature == 0.6
 """,
     "entropy_schedules": """
 assert abs(initial - sum(readings) / 2) < 1e-9 and abs(logs["sign rule"][0]["entrocraft/entropy"] / initial - 1) < 0.2

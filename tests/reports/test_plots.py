@@ -6,6 +6,7 @@ import pytest
 
 from entrocraft_trl.reports.plots import (
     plot_comparison,
+    plot_entropy_and_pass_at_k,
     plot_pass_at_k,
     plot_run,
     plot_schedule,
@@ -69,6 +70,43 @@ def test_schedule_in_steps_or_percent():
     assert axis.get_xlabel() == "Optimizer step"
     assert list(axis.lines[0].get_xdata()) == [0.0, 400.0]
     assert "%" in plot_schedule([(0.0, 0.6, 0.7)]).axes[0].get_xlabel()
+
+
+BAND = [(0.7, 0.9), (0.5, 0.7), (0.3, 0.5)]
+READINGS = {"GRPO": [[0.8, 0.4, 0.2], [0.8, 0.2, 0.0]], "_ours": [[0.8, 0.6, 0.4], [0.8, 0.6, 0.4]]}
+CURVES = {
+    "start": [{1: 0.1, 2: 0.2}, {1: 0.1, 2: 0.2}],
+    "GRPO": [{2: 0.4, 1: 0.2}, {2: 0.6, 1: 0.4}],
+    "_ours": [{1: 0.3, 2: 0.7}, {1: 0.5, 2: 0.9}],
+}
+
+
+def test_entropy_in_its_band_beside_pass_at_k_over_seeds():
+    figure = plot_entropy_and_pass_at_k(READINGS, BAND, CURVES)
+    left, right = figure.axes
+    (band,) = left.collections
+    assert band.get_paths()[0].vertices[:, 1].tolist().count(0.3) >= 1 and band.get_label() == "band"
+    curves = [list(line.get_ydata()) for line in left.lines]
+    # Two pale seeds and their mean for each run; the last is the dashed entry of the legend.
+    assert curves[2] == pytest.approx([0.8, 0.3, 0.1]) and curves[5] == pytest.approx([0.8, 0.6, 0.4])
+    assert list(left.lines[2].get_xdata()) == [1, 2, 3] and curves[6] == []
+    start, grpo, ours = right.lines
+    assert list(grpo.get_xdata()) == [1, 2] and list(grpo.get_ydata()) == pytest.approx([0.3, 0.5])
+    area = right.collections[1].get_paths()[0].vertices[:, 1]  # a sample standard deviation to both sides
+    assert (area.min(), area.max()) == pytest.approx((0.3 - 0.02**0.5, 0.5 + 0.02**0.5))
+    assert start.get_linestyle() == "--" != grpo.get_linestyle()
+    assert grpo.get_color() == left.lines[2].get_color() and ours.get_color() == left.lines[5].get_color()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["band", "GRPO", " _ours", "start"]
+    assert [text.get_text() for text in right.get_xticklabels()] == ["1", "2"]
+
+
+def test_entropy_and_pass_at_k_of_one_seed_have_no_spread():
+    first = ({name: seeds[:1] for name, seeds in group.items()} for group in (READINGS, CURVES))
+    readings, curves = first
+    left, right = plot_entropy_and_pass_at_k(readings, BAND, curves).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[0.8, 0.4, 0.2], [0.8, 0.6, 0.4], []]
+    assert not right.collections and list(right.lines[1].get_ydata()) == [0.2, 0.4]
 
 
 @pytest.mark.parametrize(
