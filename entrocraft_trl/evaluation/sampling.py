@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import add_fused_lm_head
 
-from ..policy.modes import eval_mode
+from ..policy.eval_mode import eval_mode
 
 
 # `generate` fills what a `GenerationConfig` leaves open from the model's own, which no figure would mention.

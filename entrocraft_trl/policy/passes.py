@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .modes import eval_mode
+from .eval_mode import eval_mode
 from .tokens import TokenReading
 
 

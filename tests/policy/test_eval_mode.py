@@ -1,12 +1,9 @@
-"""Passes without dropout, and knowing whether there is any."""
+"""Passes without dropout leave the model's modes as they were."""
 
 import pytest
-import tiny
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import OPTConfig, OPTForCausalLM
 
-from entrocraft_trl.policy.modes import eval_mode, has_dropout
+from entrocraft_trl.policy.eval_mode import eval_mode
 
 
 def test_eval_mode_restores_each_modules_own_mode():
@@ -34,26 +31,3 @@ def test_eval_mode_sets_flags_alone_since_train_of_a_model_may_swap_its_kernels(
     with eval_mode(model):
         assert not model[0].training
     assert model[0].training and calls == []
-
-
-def with_lora(dropout):
-    lora = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=dropout)
-    return get_peft_model(tiny.build_model(), lora)
-
-
-@pytest.mark.parametrize(
-    ("build", "drops"),
-    [
-        (tiny.build_model, False),
-        (lambda: tiny.build_model(attention_dropout=0.1), True),  # functional: no dropout module
-        (lambda: with_lora(0.0), False),
-        (lambda: with_lora(0.05), True),
-        (lambda: OPTForCausalLM(OPTConfig(vocab_size=16, hidden_size=8, ffn_dim=8, num_hidden_layers=1,
-                                          num_attention_heads=1, word_embed_proj_dim=8, dropout=0.1)), True),
-    ],
-    ids=["none", "attention", "LoRA without", "LoRA", "OPT's own"],
-)  # fmt: skip
-def test_dropout_is_seen_wherever_a_model_keeps_it(build, drops):
-    model = build().train()
-    assert has_dropout(model) == drops
-    assert not has_dropout(model.eval())

@@ -1,4 +1,4 @@
-"""Dropout: whether a model has any that is active, and passes without it."""
+"""Passes without dropout."""
 
 from contextlib import contextmanager
 
@@ -22,19 +22,3 @@ def eval_mode(model: torch.nn.Module):
     finally:
         for module, training in modes:
             module.training = training
-
-
-def has_dropout(model: torch.nn.Module) -> bool:
-    """
-    Whether a pass in training mode drops anything: dropout modules (LoRA's too), and the rates that attention and some
-    older models hand to a function.
-    """
-
-    def drops(module: torch.nn.Module) -> bool:
-        kind = type(module).__name__.lower()
-        return any(
-            isinstance(value, float) and value > 0 and "drop" in (kind if name == "p" else name.lower())
-            for name, value in vars(module).items()
-        )
-
-    return any(module.training and drops(module) for module in model.modules())
