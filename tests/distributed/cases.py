@@ -38,6 +38,15 @@ EMPTY = [
     (TOO_LOW, ALL_RIGHT),
     (TOO_LOW, LAST_RIGHT),
 ]
+# Equal rewards with a mean that float32 rounds up (0.3) or down (0.9): without a signal, whatever the band.
+EQUAL = [
+    (TOO_LOW, [0.3] * ROWS),
+    (TOO_HIGH, [0.9] * ROWS),
+    (TOO_LOW, FIRST_RIGHT),
+    (TOO_LOW, [0.3] * ROWS),
+    (TOO_HIGH, [0.9] * ROWS),
+    (INSIDE, MIXED),
+]
 # The entropy-change rule rejects by score, in a band near the model's entropy, which is about 2.6 nats.
 GRADED = [
     ((2.7, 2.8), FIRST_RIGHT),
@@ -66,6 +75,7 @@ CASES = {
     "micro_batch_token_means": {"loss_type": "bnpo"},
     "floor": {"min_accepted_share": 0.75},
     "nothing_accepted": {"out_of_band_advantages": "reward", "reward_coding": "zero_one", "plan": EMPTY},
+    "equal_rewards": {"plan": EQUAL},
     "entropy_change": {**ENTROPY_CHANGE, "plan": GRADED},
     "entropy_change_batch_mean": {**ENTROPY_CHANGE, "entropy_change_baseline": "batch_mean"},
     "lora": {"lora": True},

@@ -93,7 +93,13 @@ def test_some_steps_accept_nothing_on_any_rank(runs):
     assert [norm == 0.0 for norm in one["gradient_norm"]] == [True, False, True, False, True, False]
 
 
-@pytest.mark.parametrize("case", ["entropy_change_graded", "entropy_change_full", "lora_entropy_change_graded"])
+def test_a_group_of_equal_rewards_is_accepted_on_every_rank_it_lies_on(runs):
+    """Rounding gives each of its rollouts an advantage of one sign: all of them would go, or none."""
+    for rank in runs.logs("cpu_ddp", "equal_rewards"):
+        assert rank["accepted"] == [1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("case", ["entropy_change", "entropy_change_batch_mean", "lora_entropy_change"])
 def test_scores_reject_unevenly_over_ranks(runs, case):
     first, second = runs.logs("cpu_ddp", case)
     assert sum(a != b for a, b in zip(first["kept_here"], second["kept_here"], strict=True)) >= 3

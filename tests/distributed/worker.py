@@ -33,17 +33,17 @@ class RecordingTrainer(EntrocraftGRPOTrainer):
         super().__init__(*args, **kwargs)
         self.kept_here = []
 
-    def _edit(self, batch, keep, totals):
+    def _take_out(self, batch, keep, counts):
         self.kept_here.append(int(keep.sum()))
-        return super()._edit(batch, keep, totals)
+        return super()._take_out(batch, keep, counts)
 
 
 class LocalCountsTrainer(RecordingTrainer):
     """Broken on purpose: each rank normalises by what it kept itself, as if the counts had not been added up."""
 
-    def _edit(self, batch, keep, totals):
+    def _take_out(self, batch, keep, counts):
         here = self.accelerator.num_processes * batch["completion_mask"][keep].sum().item()
-        return super()._edit(batch, keep, totals._replace(kept_tokens=here))
+        return super()._take_out(batch, keep, counts._replace(kept_tokens=here))
 
 
 def train(case: str, reference: str, broken: bool = False) -> tuple[RecordingTrainer, dict[str, np.ndarray]]:
