@@ -60,6 +60,7 @@ def run(output_dir: Path, max_steps: int, seeds: Sequence[int], overwrite: bool 
     """
     import transformers
 
+    from .. import __version__
     from ..atomic import write_atomically
     from ..reports.plots import save_figure
     from ..tasks.task import expression_task
@@ -72,7 +73,7 @@ def run(output_dir: Path, max_steps: int, seeds: Sequence[int], overwrite: bool 
     except OSError as error:
         raise CommandError(str(error)) from error
     seconds = {"warm-up": time.perf_counter() - start}
-    versions = {name: version(name) for name in ("entrocraft_trl", "trl", "transformers", "torch")}
+    versions = {"entrocraft_trl": __version__, **{name: version(name) for name in ("trl", "transformers", "torch")}}
     shared = {"start": policy.name, "max_steps": max_steps, "band": BAND, "temperature": TEMPERATURE, **versions}
     records = {}
     jobs = [(name, seed) for seed in seeds for name in (START, *ARMS)]  # a cut call leaves whole tables
@@ -117,23 +118,16 @@ def run(output_dir: Path, max_steps: int, seeds: Sequence[int], overwrite: bool 
 
 def _finished_run(output_dir: Path, name: str, seed: int, shared: dict[str, Any], overwrite: bool) -> dict[str, Any]:
     """Log, evaluation and seconds of one arm on one seed; trained unless it was before, with the same settings."""
-    from ..compare.records import kept_record
+    from ..compare.records import read_record, write_record
 
     folder = output_dir / f"{'start' if name == START else ARMS[name] or 'grpo'}-{seed}"
-    file = folder.with_suffix(".json")
-    if overwrite:
-        file.unlink(missing_ok=True)
-    made = []
-
-    def make() -> dict[str, Any]:
-        made.append(file)
-        print(flush=True)
-        return train(name, seed, shared["max_steps"], folder)
-
-    record = kept_record(file, {"policy": name, "seed": seed, **shared}, make)
-    if not made:
-        print(f": kept from an earlier call, {printable(str(file))} (--overwrite starts anew)", flush=True)
-    return record
+    file, settings = folder.with_suffix(".json"), {"policy": name, "seed": seed, **shared}
+    record = None if overwrite else read_record(file, settings)
+    if record is not None:
+        print(f": kept from an earlier call in {printable(str(file))}; --overwrite starts anew", flush=True)
+        return record
+    print(flush=True)
+    return write_record(file, settings, train(name, seed, shared["max_steps"], folder))
 
 
 def train(name: str, seed: int, max_steps: int, folder: Path) -> dict[str, Any]:

@@ -18,11 +18,19 @@ def kept_record(file: Path, settings: dict[str, Any], make: Callable[[], dict[st
         settings (`dict`): What the run depends on, as JSON values. A record made with other settings is made anew.
         make (`Callable`): The run; returns the record.
     """
-    if file.exists():
-        record = json.loads(file.read_text())
-        if record.get("settings") == settings:
-            return record
-    record = {"settings": settings, **make()}
+    record = read_record(file, settings)
+    return write_record(file, settings, make()) if record is None else record
+
+
+def read_record(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The record in `file`; `None` if there is none that was made with `settings`."""
+    record = json.loads(file.read_text()) if file.exists() else {}
+    return record if record.get("settings") == settings else None
+
+
+def write_record(file: Path, settings: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Write a run's record with its settings, making the folder; returns both as [`read_record`] will."""
+    record = {"settings": settings, **record}
     file.parent.mkdir(parents=True, exist_ok=True)
     # In one piece: a run that is killed while writing must not leave a file that stops the next call.
     write_atomically(file, lambda stream: stream.write(json.dumps(record).encode()))
