@@ -1,4 +1,23 @@
-"""What a step's rejection looked like, and whether it works. Pure functions; the trainer logs what they return."""
+"""
+What a step's rejection looked like, and whether it works. Pure functions; the trainer logs what they return.
+
+Logged as `entrocraft/...`, once per generation batch but for `empty_steps`:
+
+- `entropy`, `entropy_low`, `entropy_high`: measured before anything is rejected, and the band (nats)
+- `direction`: -1 too low, 0 inside, +1 too high; `distance_outside_band` (nats)
+- `accepted_rollouts`, `accepted_tokens`: shares; `effective_batch_size`: accepted rollouts
+- `rejected_positive`, `rejected_negative`: rejected rollouts by sign of the advantage
+- `empty_steps`: optimizer steps so far in which no rollout had an advantage and a loss token
+- `rules_agree`: share of the rollouts with an advantage for which both rules test the same sign
+- `margin_positive`, `margin_negative`: mean sum of S - N by sign of the advantage (nats); the sign rule relies on both
+  being positive
+- `realised_effect`: nats towards the band since the batch before, if that one was outside
+- `least_change`, `most_change`: entropy-change rule: the allowed range, in shares of what the batch can do
+- `unscored_tokens`: with `entropy_source="sampling"`: share of loss tokens without a log-prob of the engine
+
+TRL's own `entropy` counts the tokens that are left after `drop`: read `entrocraft/entropy`. With `log_completions` the
+table of completions has a `kept` column, and its advantages are those that were used.
+"""
 
 from typing import NamedTuple
 
