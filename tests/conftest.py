@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 
 # Tests that start processes by their folder, and by the fixture that starts them; others carry the mark themselves.
 FOLDERS = {"distributed"}
-FIXTURES = {"hub", "processes"}
+FIXTURES = {"hub", "nodes", "processes"}
 
 
 def pytest_collection_modifyitems(items):
