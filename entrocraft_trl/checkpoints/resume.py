@@ -148,6 +148,8 @@ class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
                         f"checkpoint-{step} is not complete ({reason or 'on another node'}): renamed to {aside.name}; "
                         f"resuming from checkpoint-{newest}."
                     )
+        # Others are about to look into these folders again: one that is renamed meanwhile is a file not found.
+        self.accelerator.wait_for_everyone()
         return str(checkpoint_folder(run, newest))
 
     @staticmethod
