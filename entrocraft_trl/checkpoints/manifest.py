@@ -66,8 +66,8 @@ def why_not_here(run: Path, resumed: Path | None) -> str | None:
             return None
         return (
             f"{str(run)!r} holds {checkpoint_folder(run, complete[0]).name} of an earlier run, and a new one would "
-            "mix with it. Go on with that run (resume_from_checkpoint=True; on the command line: auto), choose "
-            "another output_dir, or remove its checkpoints."
+            "mix with it. Go on with that run (resume_from_checkpoint=auto), choose another output_dir, or "
+            "remove its checkpoints."
         )
     of_others = [step for step in complete if run_of(checkpoint_folder(run, step)) not in (None, run_of(resumed))]
     if not of_others:
