@@ -139,7 +139,7 @@ def test_a_run_that_starts_where_another_has_checkpoints_is_refused(tmp_path):
         build(max_steps=1, save_total_limit=1).train()
     with pytest.raises(ValueError, match=message):
         resolve_checkpoint(None, "run")  # the command, before a model loads
-    assert "Go on with that run (resume_from_checkpoint=auto)" in str(error.value)
+    assert "go on with that run (resume_from_checkpoint=auto)" in str(error.value)
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.name != TRAINING} == before
     longer = build(max_steps=3)
     longer.train(resume_from_checkpoint="auto")
