@@ -137,6 +137,7 @@ class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
             chosen = resolve_checkpoint(value, self.args.output_dir, found)
         except ValueError as error:
             problem = str(error)
+        # All ranks have looked when one renames: a folder that goes away meanwhile is a file not found.
         self._raise_together(problem)
         if chosen is not None and word_of(value) is not None and self.args.should_save:
             self._set_newer_aside(run, step_of_folder(Path(chosen).name), found)
