@@ -65,16 +65,17 @@ def why_not_here(run: Path, resumed: Path | None) -> str | None:
         if not complete:
             return None
         return (
-            f"{str(run)!r} holds {checkpoint_folder(run, complete[0]).name} of an earlier run, and a new one would "
-            "mix with it. Go on with that run (resume_from_checkpoint=True; on the command line: auto), choose "
-            "another output_dir, or remove its checkpoints."
+            f"output_dir={str(run)!r} holds {checkpoint_folder(run, complete[0]).name} of an earlier run, and a new "
+            "one would mix with it: go on with that run (resume_from_checkpoint=auto), choose another output_dir, or "
+            "remove its checkpoints"
         )
     of_others = [step for step in complete if run_of(checkpoint_folder(run, step)) not in (None, run_of(resumed))]
     if not of_others:
         return None
     return (
-        f"{str(run)!r} holds {checkpoint_folder(run, of_others[0]).name} of another run than {str(resumed)!r} is of. "
-        "Move the checkpoints of one of them to a folder of their own, or choose another output_dir."
+        f"output_dir={str(run)!r} holds {checkpoint_folder(run, of_others[0]).name} of another run than "
+        f"{str(resumed)!r} is of: move the checkpoints of one of them to a folder of their own, or choose another "
+        "output_dir"
     )
 
 

@@ -8,6 +8,7 @@ gone.
 
 from collections import deque
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,17 +19,18 @@ from accelerate.utils import gather_object, send_to_device
 from transformers import TrainerCallback
 
 from ..atomic import write_atomically
+from .choice import asks_the_hub, found_by_all_ranks, resolve_checkpoint, word_of
 from .finite import FiniteTrainingMixin
+from .hub_download import fetch_for_all
 from .manifest import (
     RANK_FILE,
     checkpoint_folder,
-    list_checkpoints,
     run_of,
     set_aside,
+    step_of_folder,
     telling_what_is_kept,
     uncommit,
     why_incomplete,
-    why_not_here,
     write_manifest,
 )
 from .rank_file import TABLE_COLUMNS, read_rank_file
@@ -58,18 +60,28 @@ class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
     the loss that were not logged yet, and the completions table.
     """
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | PathLike | bool | None = None, *args, **kwargs):
         """
         Train, as [`~transformers.Trainer.train`] does.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint folder; or `True` for the newest complete one in `args.output_dir`. Newer folders in which
-                something is missing are renamed to `_incomplete-checkpoint-...`.
+            resume_from_checkpoint (`str`, `PathLike` or `bool`, *optional*):
+                - `"auto"`: the newest complete checkpoint in `args.output_dir` if there is one; otherwise the run
+                  starts from step 0. One script then starts a run and restarts it.
+                - `"hub"`: first fetch the newest checkpoint of `args.hub_model_id`, if there is one and it is not here
+                  already; then as `"auto"`.
+                - `True` or `"last"`: the newest complete checkpoint in `args.output_dir`, which has to be there.
+                - A checkpoint folder. One that bears the name of such a word is meant by `"./auto"`.
+                - Nothing, `False` or `"none"`: start from step 0.
+
+                Newer folders in `args.output_dir` in which something is missing are renamed to
+                `_incomplete-checkpoint-...` when the newest complete one is resumed.
 
         Raises:
-            ValueError: If there is no complete checkpoint, the given one is not, `output_dir` is in use by another
-                process or holds checkpoints of another run, or `enable_jit_checkpoint` is on.
+            ValueError: If there is no complete checkpoint, the given one is not, `"hub"` is without `hub_model_id`,
+                `output_dir` is in use by another process or holds checkpoints of another run, or
+                `enable_jit_checkpoint` is on.
+            OSError: If the Hub cannot be reached or refuses; on all ranks together.
             FloatingPointError: If loss, gradient norm or parameters are NaN or infinite; on all ranks together.
             SystemExit: With code 143 if SIGTERM came: after the current optimizer step, and with its checkpoint saved.
                 After the last step too: what follows `train` in a script is left to the next start.
@@ -114,48 +126,39 @@ class ExactResumeMixin(FiniteTrainingMixin, RunningMixin):
 
     # ------------------------------------------------------------------------------------------- choosing a checkpoint
 
-    def _choose_checkpoint(self, given: str | bool | None) -> str | None:
-        if given is True:
-            return self._newest_complete_checkpoint()
-        if not given:
-            return None
-        self._raise_together(self._incompleteness(Path(given)))
-        return given
-
-    def _identify_run(self, resumed: str | None) -> str:
-        """The run that `resumed` is of, or a new one. Raises where the folder holds checkpoints of another."""
-        checkpoint = Path(resumed) if resumed else None
-        self._raise_together(why_not_here(Path(self.args.output_dir), checkpoint))
-        known = run_of(checkpoint) if checkpoint else None
-        return gather_object([known or uuid4().hex])[0]  # the main process's
-
-    def _newest_complete_checkpoint(self) -> str:
+    def _choose_checkpoint(self, value: str | PathLike | bool | None) -> str | None:
+        """The checkpoint that `value` means, the same on all ranks; what is newer and not complete is set aside."""
+        if asks_the_hub(value, self.args):
+            fetch_for_all(self.args)
         run = Path(self.args.output_dir)
-        found = list_checkpoints(run)
-        # One choice for all ranks: with disks of their own, nodes can differ in their last complete one.
-        complete = set.intersection(*gather_object([{step for step, reason in found.items() if reason is None}]))
-        if not complete:
-            reasons = "".join(f"; checkpoint-{step}: {reason}" for step, reason in found.items() if reason)
-            raise ValueError(
-                f"resume_from_checkpoint=True: no complete checkpoint in {self.args.output_dir!r}{reasons}"
-            )
-        newest = max(complete)
-        if self.args.should_save:
-            for step, reason in reversed(found.items()):  # of those set aside, the newest is kept
-                if step > newest:
-                    aside = set_aside(checkpoint_folder(run, step))
-                    logger.warning(
-                        f"checkpoint-{step} is not complete ({reason or 'on another node'}): renamed to {aside.name}; "
-                        f"resuming from checkpoint-{newest}."
-                    )
-        # Others are about to look into these folders again: one that is renamed meanwhile is a file not found.
-        self.accelerator.wait_for_everyone()
-        return str(checkpoint_folder(run, newest))
+        found = found_by_all_ranks(run)
+        chosen, problem = None, None
+        try:
+            chosen = resolve_checkpoint(value, self.args.output_dir, found)
+        except ValueError as error:
+            problem = str(error)
+        # All ranks have looked when one renames: a folder that goes away meanwhile is a file not found.
+        self._raise_together(problem)
+        if chosen is not None and word_of(value) is not None and self.args.should_save:
+            self._set_newer_aside(run, step_of_folder(Path(chosen).name), found)
+        return chosen
 
     @staticmethod
-    def _incompleteness(folder: Path) -> str | None:
-        reason = why_incomplete(folder)
-        return f"cannot resume from {str(folder)!r}: {reason}" if reason else None
+    def _set_newer_aside(run: Path, chosen: int, found: dict[int, str | None]) -> None:
+        for step, reason in reversed(found.items()):  # of those set aside, the newest is kept
+            folder = checkpoint_folder(run, step)
+            if step > chosen and folder.is_dir():  # it may be on another node only
+                aside = set_aside(folder)
+                logger.warning(
+                    f"checkpoint-{step} is not complete ({reason}): renamed to {aside.name}; "
+                    f"resuming from checkpoint-{chosen}."
+                )
+
+    @staticmethod
+    def _identify_run(resumed: str | None) -> str:
+        """The run that `resumed` is of, or a new one."""
+        known = run_of(Path(resumed)) if resumed else None
+        return gather_object([known or uuid4().hex])[0]  # the main process's
 
     # ----------------------------------------------------------------------------------------------- hooks into saving
 

@@ -21,72 +21,11 @@ if TYPE_CHECKING:
 EMBEDDED_ROWS = 4096  # prompts of the embedded task when max_samples does not say; its few targets repeat anyway
 
 
-def resolve_checkpoint(value: str | bool | None, output_dir: str) -> str | bool | None:
-    """
-    What to resume from, checked before a model loads.
-
-    Args:
-        value (`str`, `bool` or `None`):
-            A folder; `"true"` or `"last"` for the newest complete checkpoint in `output_dir`; `"auto"` for the same if
-            there is one, so that one command line starts a run and restarts it; `"false"` or nothing for none.
-        output_dir (`str`):
-            Folder of the run.
-
-    Returns:
-        `str`, `bool` or `None`: a folder, `True` for the newest complete checkpoint, or `None`.
-
-    Raises:
-        `ValueError`: if there is no checkpoint, the one that is named is not complete, or `output_dir` holds
-            checkpoints of another run.
-    """
-    from ..checkpoints.manifest import checkpoint_folder, list_checkpoints, why_incomplete, why_not_here
-
-    def refuse_other_runs(resumed: Path | None) -> None:
-        if reason := why_not_here(Path(output_dir), resumed):
-            raise ValueError(reason)
-
-    text = str(value or "").strip()
-    if text.lower() in ("", "false", "none"):
-        refuse_other_runs(None)
-        return None
-    if text.lower() in ("true", "last", "auto"):
-        found = list_checkpoints(Path(output_dir))
-        complete = [step for step, reason in found.items() if reason is None]
-        if complete:
-            refuse_other_runs(checkpoint_folder(Path(output_dir), complete[0]))
-            return True
-        if text.lower() == "auto":
-            return None
-        half = "".join(f"; checkpoint-{step} is not complete: {reason}" for step, reason in found.items())
-        raise ValueError(f"resume_from_checkpoint={text}: there is no checkpoint in {output_dir!r}{half}")
-    if reason := why_incomplete(Path(text)):
-        raise ValueError(f"resume_from_checkpoint={text!r}: {reason}")
-    refuse_other_runs(Path(text))
-    return text
-
-
-def fetch_from_hub(args: EntrocraftGRPOConfig, dry_run: bool) -> None:
-    """
-    `resume_from_checkpoint="hub"`: fetch the newest checkpoint of the run's repository, if there is one and it is not
-    here already, and resume from the newest one that is here then. A dry run fetches nothing.
-    """
-    if not args.hub_model_id:
-        raise ValueError("resume_from_checkpoint=hub needs hub_model_id, the repository that the run pushes to")
-    args.resume_from_checkpoint = "auto"
-    if dry_run:
-        return
-    from ..checkpoints.hub_download import fetch_for_all
-
-    fetch_for_all(args)
-
-
 def main(argv: list[str]) -> None:
     """Run the command. Errors of the set-up become a [`CommandError`]; those of the training keep their traceback."""
     with user_errors():
         script_args, training_args, model_args, mixture_args = parse(argv)
-        if training_args.resume_from_checkpoint == "hub":
-            fetch_from_hub(training_args, script_args.dry_run)
-        resume = resolve_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+        resume = _check_resuming(training_args, script_args.dry_run)
         inputs = _trainer_inputs(script_args, training_args, model_args, mixture_args)
     if script_args.dry_run:
         from ..reports.memory_report import describe_memory
@@ -105,6 +44,20 @@ def main(argv: list[str]) -> None:
             trainer = EntrocraftGRPOTrainer(args=training_args, **inputs)
             run.enter_context(trainer.running())  # until the model is saved and pushed
         _train(trainer, script_args, training_args, resume)
+
+
+def _check_resuming(args: EntrocraftGRPOConfig, dry_run: bool) -> str | bool | None:
+    """What to give the trainer to resume from; what it would refuse ends the command before a model loads."""
+    from ..checkpoints.choice import asks_the_hub, resolve_checkpoint
+
+    value = args.resume_from_checkpoint
+    if asks_the_hub(value, args) and not dry_run:
+        from ..checkpoints.hub_download import fetch_for_all
+
+        fetch_for_all(args)
+        value = "auto"  # it is here now: the trainer need not ask again
+    resolve_checkpoint(value, args.output_dir)
+    return value
 
 
 def _trainer_inputs(

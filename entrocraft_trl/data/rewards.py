@@ -86,6 +86,8 @@ def _accept_text(reward: Callable) -> Callable:
         messages = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
         return reward(completions=messages, **kwargs)
 
+    # Our own, since what this one cannot do without is what TRL's cannot; `__wrapped__` alone promises no such thing.
+    reward_of_text_or_messages.__signature__ = inspect.signature(reward)
     return reward_of_text_or_messages
 
 
@@ -95,19 +97,22 @@ def check_reward_columns(rewards: Sequence[Callable | str], columns: Sequence[st
 
     Args:
         rewards (`Sequence[Callable | str]`):
-            Reward functions. Names of reward models are passed over.
+            Reward functions. Reward models and their names are passed over, as is a function that shows no parameters.
+            Of a decorated one, the decorator's parameters count: it may bring what the function in it needs.
         columns (`Sequence[str]`):
             Columns of the data set.
 
     Raises:
         `ValueError`: naming the reward, the missing column and the columns there are.
     """
+    import torch
+
     for reward in rewards:
-        if isinstance(reward, str):
+        if isinstance(reward, (str, torch.nn.Module)):
             continue
         try:
-            parameters = inspect.signature(reward).parameters.values()
-        except ValueError:  # compiled code need not show them; TRL calls it all the same
+            parameters = inspect.signature(reward, follow_wrapped=False).parameters.values()
+        except (ValueError, TypeError):  # compiled code need not show them; TRL calls it all the same
             continue
         for parameter in parameters:
             optional = parameter.default is not parameter.empty or parameter.kind in (
@@ -116,7 +121,9 @@ def check_reward_columns(rewards: Sequence[Callable | str], columns: Sequence[st
             )
             if optional or parameter.name in _TRAINER_ARGUMENTS or parameter.name in columns:
                 continue
-            hint = "; name the answers' column with --answer_column" if parameter.name == "solution" else ""
+            hint = ""
+            if parameter.name == "solution":
+                hint = "; give the answers' column that name (on the command line: --answer_column)"
             raise ValueError(
                 f"reward {reward_name(reward)!r} reads the column {parameter.name!r}, which the data "
                 f"set does not have (columns: {printable(', '.join(columns))}){hint}"

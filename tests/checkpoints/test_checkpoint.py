@@ -60,7 +60,7 @@ def test_incomplete_folder_is_named_passed_over_and_set_aside(run, spoil, reason
     assert reason in why_incomplete(run / "checkpoint-3")
     trainer = build(str(run))
     with caplog.at_level(logging.WARNING, logger="entrocraft_trl.checkpoints.resume"):
-        assert trainer._newest_complete_checkpoint() == str(run / "checkpoint-2")
+        assert trainer._choose_checkpoint(True) == str(run / "checkpoint-2")
     assert "checkpoint-3 is not complete" in caplog.text and reason in caplog.text
     assert not (run / "checkpoint-3").exists() and (run / "_incomplete-checkpoint-3").exists()
     assert list_checkpoints(run) == {2: None, 1: None}
@@ -69,7 +69,7 @@ def test_incomplete_folder_is_named_passed_over_and_set_aside(run, spoil, reason
 @pytest.mark.parametrize(("spoil", "reason"), SPOILED)
 def test_incomplete_folder_is_refused_by_name(run, spoil, reason):
     spoil(run / "checkpoint-3")
-    with pytest.raises(ValueError, match="cannot resume from .*checkpoint-3") as error:
+    with pytest.raises(ValueError, match="checkpoint-3. is no complete checkpoint: ") as error:
         build("other").train(resume_from_checkpoint=str(run / "checkpoint-3"))
     assert reason in str(error.value)
 
@@ -77,7 +77,7 @@ def test_incomplete_folder_is_refused_by_name(run, spoil, reason):
 def test_older_incomplete_folders_stay_where_they_are(run):
     """Rotation leaves such folders when it is killed, and deletes them the next time."""
     (run / "checkpoint-2" / "trainer_state.json").unlink()
-    assert build(str(run))._newest_complete_checkpoint() == str(run / "checkpoint-3")
+    assert build(str(run))._choose_checkpoint(True) == str(run / "checkpoint-3")
     assert (run / "checkpoint-2").is_dir()
 
 
@@ -139,7 +139,7 @@ def test_only_the_incomplete_folder_set_aside_last_is_kept(run, tmp_path):
 def test_of_several_incomplete_folders_the_newest_is_kept(run):
     for step in (2, 3):
         (run / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    assert build(str(run))._newest_complete_checkpoint() == str(run / "checkpoint-1")
+    assert build(str(run))._choose_checkpoint(True) == str(run / "checkpoint-1")
     assert [path.name for path in run.glob("*incomplete*")] == ["_incomplete-checkpoint-3"]
 
 

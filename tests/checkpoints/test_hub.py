@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import tiny
 from hub_client import TOKEN
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, close_session, errors, get_session
@@ -22,7 +21,7 @@ from huggingface_hub import HfApi, ModelCard, close_session, errors, get_session
 from entrocraft_trl.checkpoints import hub as hub_module
 from entrocraft_trl.checkpoints.hub import HubUploadMixin, _is_final
 from entrocraft_trl.cli import CommandError
-from entrocraft_trl.cli.train import _train, fetch_from_hub
+from entrocraft_trl.cli.train import _train
 
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -388,14 +387,3 @@ def test_the_command_fails_if_the_model_is_not_on_the_hub(pushed, capsys):
     with nullcontext() if pushed else pytest.raises(CommandError, match="the model in 'run' is not on the Hub"):
         _train(trainer, SimpleNamespace(dataset_name=None), args, None)
     assert "4 steps done, run saved in run" in capsys.readouterr().out
-
-
-def test_resuming_from_the_hub_needs_a_repository():
-    with pytest.raises(ValueError, match="resume_from_checkpoint=hub needs hub_model_id"):
-        fetch_from_hub(tiny.build_config(resume_from_checkpoint="hub"), dry_run=False)
-
-
-def test_dry_run_fetches_nothing():
-    args = tiny.build_config(resume_from_checkpoint="hub", hub_model_id="tester/nowhere")
-    fetch_from_hub(args, dry_run=True)  # offline, as all tests here: a request would raise
-    assert args.resume_from_checkpoint == "auto"

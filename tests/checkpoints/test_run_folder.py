@@ -13,10 +13,10 @@ import pytest
 import tiny
 
 from entrocraft_trl.checkpoints import run_lock
+from entrocraft_trl.checkpoints.choice import resolve_checkpoint
 from entrocraft_trl.checkpoints.manifest import list_checkpoints, run_of
 from entrocraft_trl.checkpoints.run_lock import EVALUATION, TRAINING, only_process
 from entrocraft_trl.cli import main
-from entrocraft_trl.cli.train import resolve_checkpoint
 
 
 # Holds the lock until it is told to go on; then says whether it could be had by another.
@@ -139,11 +139,10 @@ def test_a_run_that_starts_where_another_has_checkpoints_is_refused(tmp_path):
         build(max_steps=1, save_total_limit=1).train()
     with pytest.raises(ValueError, match=message):
         resolve_checkpoint(None, "run")  # the command, before a model loads
-    assert "resume_from_checkpoint=True; on the command line: auto" in str(error.value)
+    assert "go on with that run (resume_from_checkpoint=auto)" in str(error.value)
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.name != TRAINING} == before
-    assert resolve_checkpoint("auto", "run") is True
     longer = build(max_steps=3)
-    longer.train(resume_from_checkpoint=True)
+    longer.train(resume_from_checkpoint="auto")
     assert longer.state.global_step == 3
 
 
@@ -151,8 +150,7 @@ def test_half_written_checkpoints_do_not_keep_a_run_from_starting():
     """Killed in its first save, a run starts anew with the same command line."""
     build(max_steps=1).train()
     Path("run/checkpoint-1/trainer_state.json").unlink()
-    assert resolve_checkpoint("auto", "run") is None
-    build(max_steps=1).train()
+    build(max_steps=1).train(resume_from_checkpoint="auto")
     assert list_checkpoints(Path("run")) == {1: None}
 
 
@@ -165,7 +163,7 @@ def test_a_run_keeps_its_name_over_restarts_and_two_runs_have_two():
     assert all(names)
 
 
-@pytest.mark.parametrize("resume", [True, "run/checkpoint-2"])
+@pytest.mark.parametrize("resume", [True, "auto", "run/checkpoint-2"])
 def test_checkpoints_of_two_runs_in_one_folder_are_not_chosen_from(resume):
     """However they came there; the further one would be resumed, and the older one deleted by rotation."""
     build("run").train()
@@ -175,8 +173,6 @@ def test_checkpoints_of_two_runs_in_one_folder_are_not_chosen_from(resume):
     message = "'run' holds checkpoint-1 of another run than 'run/checkpoint-2' is of"
     with pytest.raises(ValueError, match=message):
         build(max_steps=3, save_total_limit=1).train(resume_from_checkpoint=resume)
-    with pytest.raises(ValueError, match=message):
-        resolve_checkpoint(resume, "run")
     assert list_checkpoints(Path("run")) == {2: None, 1: None}
 
 

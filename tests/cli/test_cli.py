@@ -13,7 +13,6 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 
 from entrocraft_trl.cli import COMMANDS, main
-from entrocraft_trl.cli.train import resolve_checkpoint
 from entrocraft_trl.data import rewards
 from entrocraft_trl.printable import printable
 from entrocraft_trl.reports.log import read_log
@@ -129,29 +128,6 @@ def test_resume_from_the_last_checkpoint(tiny_model, tmp_path):
     assert [record["step"] for record in read_log(run) if "reward" in record] == [1, 2, 3]
 
 
-def test_resolve_checkpoint(tmp_path):
-    whole, half = tmp_path / "checkpoint-9", tmp_path / "checkpoint-10"
-    assert resolve_checkpoint("auto", str(tmp_path)) is None  # nothing there yet: the run starts
-    half.mkdir()
-    (half / "model.safetensors").touch()
-    assert resolve_checkpoint("auto", str(tmp_path)) is None
-    with pytest.raises(ValueError, match="checkpoint-10 is not complete: trainer_state.json is missing"):
-        resolve_checkpoint("true", str(tmp_path))
-    whole.mkdir()
-    (whole / "model.safetensors").touch()
-    state = transformers.TrainerState(global_step=9, max_steps=10, stateful_callbacks=[transformers.TrainerControl()])
-    state.save_to_json(whole / "trainer_state.json")
-    for value in ("true", "last", True, "auto"):
-        assert resolve_checkpoint(value, str(tmp_path)) is True
-    for value in (None, "false", False, ""):
-        assert resolve_checkpoint(value, "elsewhere") is None
-        with pytest.raises(ValueError, match="holds checkpoint-9 of an earlier run"):
-            resolve_checkpoint(value, str(tmp_path))
-    assert resolve_checkpoint(str(whole), "elsewhere") == str(whole)
-    with pytest.raises(ValueError, match="trainer_state.json is missing"):
-        resolve_checkpoint(str(half), "elsewhere")
-
-
 def test_embedded_task_dry_run(capsys):
     config = str(ROOT / "configs" / "quickstart.yaml")
     assert main(["train", f"--config={config}", "--dry_run", "--max_steps", "7"]) == 0
@@ -212,7 +188,7 @@ def test_errors_before_any_command(capsys):
         (["--reward_funcs", "json:f"], "module 'json' has no function 'f'"),
         (["--reward_funcs", "json:__name__"], "reward 'json:__name__' is not callable"),
         (["--model_name_or_path", "./no_model"], "cannot load the tokenizer of model './no_model'"),
-        (["--resume_from_checkpoint", "last"], "there is no checkpoint in"),
+        (["--resume_from_checkpoint", "last"], "resume_from_checkpoint=last: there is no complete checkpoint in"),
         (["--num_generations", "3"], "must be divisible by num_generations (3)"),
         (["--prompt_template", "no place"], "prompt_template must contain '{prompt}', got 'no place'"),
         (["--embedded_task", "expressions"], "embedded_task='expressions' brings its own data"),

@@ -96,12 +96,14 @@ def build(name, *callbacks, trainer_class=tiny.EntrocraftGRPOTrainer, **settings
 
 
 def train(name, resume=None, *callbacks, **settings) -> dict:
-    """One run; what it logged and remembers, how it ended, and what it warned of."""
+    """One run, from a folder under the common one; what it logged and remembers, how it ended, what it warned of."""
+    if resume not in (None, True, "auto"):
+        resume = str(folder / resume)
     messages.clear()
     trainer = build(name, *callbacks, **settings)
     ended = "whole"
     try:
-        trainer.train(resume_from_checkpoint=str(folder / resume) if isinstance(resume, str) else resume)
+        trainer.train(resume_from_checkpoint=resume)
     except SystemExit as stop:
         ended = f"exit {stop.code}"
     except ValueError as error:
@@ -143,9 +145,9 @@ logging.getLogger("entrocraft_trl.checkpoints.resume").addHandler(Keep())
 outcomes = {"whole": train("whole"), "resumed": train("resumed", "whole/checkpoint-3")}
 differences = {"resumed": difference("resumed")}
 
-outcomes["signalled"] = train("signalled", None, SignalAt())
+outcomes["signalled"] = train("signalled", "auto", SignalAt())
 checkpoints = list_checkpoints(folder / "signalled")
-outcomes["signalled, resumed"] = train("signalled", True)
+outcomes["signalled, resumed"] = train("signalled", "auto")
 differences["signalled"] = difference("signalled")
 
 outcomes["signalled late"] = train("signalled-late", None, SignalLate())

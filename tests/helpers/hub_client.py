@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from entrocraft_trl import EntrocraftGRPOTrainer
 from entrocraft_trl.checkpoints.hub_download import fetch_newest_checkpoint, find_commit
-from entrocraft_trl.cli.train import fetch_from_hub, resolve_checkpoint
+from entrocraft_trl.checkpoints.run_lock import TRAINING
 
 
 TOKEN = "hf_TheTokenOfTheTests"
@@ -56,6 +56,19 @@ class WaitForUploads(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         futures.wait(self.trainer._upload_jobs())
+
+
+class LookAround(TrainerCallback):
+    """What is in the folder when training begins, and what a second fetch returns."""
+
+    trainer = None
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.files = sorted(path.name for path in Path(self.folder).iterdir() if path.name != TRAINING)
+        self.again = fetch_newest("tester/round-trip", self.folder)
 
 
 class Messages(logging.Handler):
@@ -118,17 +131,15 @@ def train_lose_and_go_on() -> dict:
     first = build("first", "round-trip", hub_strategy="checkpoint", callbacks=[StopAt(2)])
     first.train()
 
-    second = build("fresh", "round-trip", hub_strategy="checkpoint", resume_from_checkpoint="hub")
-    fetch_from_hub(second.args, dry_run=False)
-    fetched = sorted(path.name for path in Path("fresh").iterdir())
-    again = fetch_newest("tester/round-trip", "fresh")
-    second.train(resume_from_checkpoint=resolve_checkpoint(second.args.resume_from_checkpoint, "fresh"))
+    arrived = LookAround("fresh")
+    second = build("fresh", "round-trip", hub_strategy="checkpoint", callbacks=[arrived])
+    second.train(resume_from_checkpoint="hub")
     pushed = second.push_to_hub()
     ours, theirs = dict(second.model.named_parameters()), dict(whole.model.named_parameters())
     return {
         "nothing_yet": nothing_yet,
-        "fetched": fetched,
-        "fetched_again": again,
+        "fetched": arrived.files,
+        "fetched_again": arrived.again,
         "same_parameters": all(torch.equal(ours[name], theirs[name]) for name in theirs),
         "same_curve": curve(second) == curve(whole),
         "steps": second.state.global_step,

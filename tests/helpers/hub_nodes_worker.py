@@ -14,8 +14,8 @@ from pathlib import Path
 import tiny
 
 from entrocraft_trl.checkpoints import background_uploads, hub_download
+from entrocraft_trl.checkpoints.hub_download import fetch_for_all
 from entrocraft_trl.checkpoints.manifest import list_checkpoints
-from entrocraft_trl.cli.train import fetch_from_hub
 
 
 class Messages(logging.Handler):
@@ -27,10 +27,10 @@ told: list[str] = []
 
 
 def fetch(args, repository: str, output_dir: str) -> dict:
-    args.hub_model_id, args.output_dir, args.resume_from_checkpoint = repository, output_dir, "hub"
+    args.hub_model_id, args.output_dir = repository, output_dir
     told.clear()
     try:
-        fetch_from_hub(args, dry_run=False)
+        fetch_for_all(args)
     except OSError as error:
         return {"error": str(error)}
     complete = [step for step, reason in list_checkpoints(Path(output_dir)).items() if reason is None]

@@ -17,8 +17,6 @@ from safetensors.torch import save
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from entrocraft_trl.cli.train import resolve_checkpoint
-
 
 STEPS = 12
 LINGER = 60.0  # seconds in which the test kills, once the file is half there that it wants half there
@@ -70,7 +68,7 @@ def train(folder: Path, connection, phase: str | None = None, count: int = 0, ke
         entropy_high=[0.95, 0.6],
     )
     trainer = tiny.build_trainer(args=args, callbacks=[Reports(report)])
-    trainer.train(resume_from_checkpoint=resolve_checkpoint("auto", "run"))
+    trainer.train(resume_from_checkpoint="auto")
     torch.save(trainer.model.state_dict(), "parameters.pt")
     trainer.state.save_to_json("log.json")
     connection.close()
