@@ -38,8 +38,8 @@ class EntropyControlConfig(CredentialsMixin):
             rollout instead of the sign of its advantage, and reject as much of what goes the wrong way as the
             position of the entropy in its band calls for.
         entropy_change_baseline (`str`, defaults to `"exact"`):
-            For `"entropy_change"`: the expected term N per token, `"exact"` at the price of one more no-grad pass, or
-            `"batch_mean"`, estimated from log-probs and entropies alone.
+            For `"entropy_change"`: the expected term N per token, `"exact"` at the price of one more projection of the
+            hidden states onto the vocabulary, or `"batch_mean"`, estimated from log-probs and entropies alone.
         rejected_rollouts (`str`, defaults to `"drop"`):
             `"drop"`: rejected rollouts leave the loss, its denominator and its KL term (as in Eq. 5, whose denominator
             is each question's; here it is the generation batch's). `"zero_advantage"`: they stay with advantage 0
@@ -105,8 +105,8 @@ class EntropyControlConfig(CredentialsMixin):
     entropy_change_baseline: str = field(
         default="exact",
         metadata={
-            "help": "For rejection_rule='entropy_change': expected term N per token, 'exact' (one more no-grad pass) "
-            "or 'batch_mean' (estimated, no pass).",
+            "help": "For rejection_rule='entropy_change': expected term N per token, 'exact' (one more projection "
+            "onto the vocabulary) or 'batch_mean' (estimated for free).",
             "choices": ("exact", "batch_mean"),
         },
     )

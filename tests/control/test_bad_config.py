@@ -25,7 +25,7 @@ from entrocraft_trl.control.config import EntropyControlConfig
 SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
-# The README's table of values, by hand.
+# The choices of each field, by hand.
 ALLOWED = {
     "entropy_unit": ["initial", "nats"],
     "entropy_schedule": ["linear", "cosine", "constant", "piecewise", "step"],
