@@ -1,7 +1,8 @@
 """
 What a step's rejection looked like, and whether it works. Pure functions; the trainer logs what they return.
 
-Logged as `entrocraft/...`, once per generation batch but for `empty_steps`:
+Logged as `entrocraft/...`, once per generation batch (`empty_steps`: per optimizer step), over all ranks, and averaged
+over `logging_steps`:
 
 - `entropy`, `entropy_low`, `entropy_high`: measured before anything is rejected, and the band (nats)
 - `direction`: -1 too low, 0 inside, +1 too high; `distance_outside_band` (nats)
@@ -14,6 +15,9 @@ Logged as `entrocraft/...`, once per generation batch but for `empty_steps`:
 - `realised_effect`: nats towards the band since the batch before, if that one was outside
 - `least_change`, `most_change`: entropy-change rule: the allowed range, in shares of what the batch can do
 - `unscored_tokens`: with `entropy_source="sampling"`: share of loss tokens without a log-prob of the engine
+
+What a batch does not have is left out: a margin where no rollout has that sign, margins and `rules_agree` where token
+entropies are not measured or only a part of the tokens trains.
 
 TRL's own `entropy` counts the tokens that are left after `drop`: read `entrocraft/entropy`. With `log_completions` the
 table of completions has a `kept` column, and its advantages are those that were used.

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 
 from entrocraft_trl import metric_names
+from entrocraft_trl.control import diagnosis
 
 
 ROOT = Path(metric_names.__file__).parents[1]
@@ -39,3 +41,20 @@ def test_no_other_file_spells_a_metric(folder):
 def test_a_spelled_metric_is_found():
     code = '"""Reads entrocraft/entropy."""\nlog["entrocraft/entropy"], f"entrocraft/{name}", "entrocraft/... stay"'
     assert spelled_metrics(code) == ["entrocraft/entropy", "entrocraft/"]
+
+
+def test_every_metric_is_explained():
+    rollouts = tiny.random_rollouts(8)
+    engine = tiny.rollout_function(rollouts, logprobs=[[-0.5] * len(ids) for ids in rollouts])
+    logged = set()
+    # Two steps outside the band, since `realised_effect` compares with the batch before.
+    for settings, arguments in (
+        ({"rejection_rule": "entropy_change", **tiny.TOO_LOW}, {}),
+        ({"entropy_source": "sampling", **tiny.TOO_LOW}, {"rollout_func": engine}),
+    ):
+        trainer = tiny.build_trainer(args=tiny.build_config(max_steps=2, learning_rate=0.01, **settings), **arguments)
+        trainer.train()
+        logged |= {name for record in trainer.state.log_history for name in record}
+    explained = re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^- .*\n(?:  .*\n)*", diagnosis.__doc__, re.MULTILINE)))
+    ours = {name for name in logged if name.startswith(metric_names.PREFIX)}
+    assert {metric_names.key(name) for name in explained} == ours
