@@ -280,7 +280,8 @@ def _label(name: str) -> str:
 def _legend(axis: Axes, title: str | None) -> None:
     """Heading and legend above all panels, where they cover no data; in as many columns as fit the figure's width."""
     handles, labels = axis.get_legend_handles_labels()
-    columns = max(1, min(4, 80 // (max(map(len, labels)) + 8)))
+    # About 12 characters to an inch, 8 of them for a label's sample of its line and the gap.
+    columns = max(1, min(4, int(12.5 * axis.figure.get_figwidth()) // (max(map(len, labels)) + 8)))
     legend = axis.figure.legend(
         handles,
         labels,
