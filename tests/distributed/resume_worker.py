@@ -76,6 +76,8 @@ class BreakWeight(TrainerCallback):
 class LossIsNan(tiny.EntrocraftGRPOTrainer):
     """On rank 1, in step 3; the gradient stays what it is."""
 
+    loss_normaliser = "loss_type"
+
     def _compute_loss(self, model, inputs):
         loss = super()._compute_loss(model, inputs)
         return loss + math.nan if self.state.global_step == 2 and RANK == 1 else loss
