@@ -1,13 +1,13 @@
 """Many steps under the filter on two ranks: flat memory, a complete log, a band that is followed, no drift."""
 
-import os
 from pathlib import Path
 from statistics import mean, median
 
 import launching
+from soak import SOAK
 
 
-STEPS = 5000 if os.environ.get("ENTROCRAFT_SOAK") else 150
+STEPS = 5000 if SOAK else 150
 WORKER = Path(__file__).with_name("long_run.py")
 # 4,000 more log records take 13 MB (3.1 kB each), and the medians still jump by some 15 MB. A batch of 32 rollouts
 # that leaks each step (ids, masks, log-probs: some 20 kB) would take 80 MB more.
