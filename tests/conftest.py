@@ -19,14 +19,16 @@ import pytest  # noqa: E402
 # Tests that start processes by their folder, and by the fixture that starts them; others carry the mark themselves.
 FOLDERS = {"distributed"}
 FIXTURES = {"holder", "hub", "nodes", "processes"}
-# Folders with tests that save often and look at no model card.
-NO_FIGURES = {"checkpoints", "control", "data"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.parent.name in FOLDERS or FIXTURES & set(item.fixturenames):
+        folder = item.path.parent.name
+        if folder in FOLDERS or FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.subprocess)
+        # Tests that share launches or a server stay in one process.
+        item.add_marker(pytest.mark.xdist_group(folder if folder in FOLDERS else item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,7 +57,7 @@ def quick_trainings():
 
 @pytest.fixture(autouse=True)
 def saves_without_figure(request, monkeypatch):
-    if request.path.parent.name in NO_FIGURES:
+    if request.node.get_closest_marker("figure") is None:
         from quick import draw_no_figure
 
         draw_no_figure(monkeypatch.setattr)

@@ -97,7 +97,7 @@ def test_the_broken_one_of_several_files_is_named(tmp_path):
 def test_a_column_that_changes_its_type_late_is_named(tmp_path):
     """Beyond the first block that the reader looks at, a change of type cannot be mended any more."""
     path = tmp_path / "late.jsonl"
-    count = 200_000  # about 24 MB; the reader's block is 10 MB
+    count = 100_000  # about 12 MB; the reader's block is 10 MB
     line = json.dumps({"prompt": "x" * 90, "answer": 1}) + "\n"
     path.write_text(line * count + '{"prompt": "x", "answer": "one"}\n')
     with pytest.raises(ValueError, match=f"line {count + 1}: column 'answer' holds a text, but a number in the lines"):
