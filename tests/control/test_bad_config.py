@@ -240,7 +240,7 @@ def words(values: dict) -> list[str]:
     return arguments
 
 
-@profile(30)
+@profile(60)
 @given(values=st.one_of(CONFIGS, KNOT_CONFIGS))
 def test_yaml_command_line_and_python_agree(values):
     # No YAML for these types, and none of the three can leave a field out by naming it.
