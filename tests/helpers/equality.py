@@ -16,12 +16,16 @@ micro-batch's token mean weighs as many rows as it accepted; one micro-batch giv
 """
 
 import copy
+import functools
+from unittest.mock import patch
 
 import tiny
 import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer import grpo_trainer, rloo_trainer
+from trl.trainer.utils import create_model_from_path
 
 from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
 
@@ -66,6 +70,14 @@ class Recorder(TrainerCallback):
         self.steps.append((weights, gradients))
 
 
+loaded_reference = functools.cache(create_model_from_path)
+
+
+def reference_model(path, **kwargs):
+    """As TRL loads it; from the folder once, since that takes as long as a training."""
+    return copy.deepcopy(loaded_reference(path, **kwargs))
+
+
 def build(trainer_class, config_class, settings, rollouts, reference_folder, lora=False, env_mask=None, **band):
     settings = {"learning_rate": 0.05, **settings}  # the second step's ratios leave 1, few are clipped
     args = tiny.build_config(config_class, **settings, **band)
@@ -78,7 +90,9 @@ def build(trainer_class, config_class, settings, rollouts, reference_folder, lor
     if env_mask is not None:
         arguments["rollout_func"] = tiny.rollout_function(rollouts, env_mask=env_mask)
     reward = tiny.table_reward(rollouts, REWARDS[: len(rollouts)])
-    trainer = tiny.build_trainer(trainer_class, model, args, reward_funcs=reward, **arguments)
+    with patch.multiple(grpo_trainer, create_model_from_path=reference_model):
+        with patch.multiple(rloo_trainer, create_model_from_path=reference_model):
+            trainer = tiny.build_trainer(trainer_class, model, args, reward_funcs=reward, **arguments)
     if env_mask is None:
         tiny.force_rollouts(trainer, rollouts)
     return trainer
