@@ -21,14 +21,10 @@ FOLDERS = {"distributed"}
 FIXTURES = {"holder", "hub", "nodes", "processes"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
     for item in items:
-        folder = item.path.parent.name
-        if folder in FOLDERS or FIXTURES & set(item.fixturenames):
+        if item.path.parent.name in FOLDERS or FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.subprocess)
-        # Tests that share launches or a server stay in one process.
-        item.add_marker(pytest.mark.xdist_group(folder if folder in FOLDERS else item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

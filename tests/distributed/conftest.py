@@ -20,15 +20,22 @@ class Launches:
 
     def __init__(self, folder: Path, reference: Path, parts: dict[str | None, dict[str, float]]):
         self.folder, self.reference, self.parts = folder, reference, parts
-        self.launched: dict[str | None, list[dict]] = {}
+        self.ranks: dict[str | None, list[dict]] = {}
+        self.failures: dict[str | None, str] = {}
 
     def results(self, backend: str | None, part: str) -> list[dict]:
-        if backend not in self.launched:
-            parts, folder = self.parts[backend], self.folder / str(backend)
-            self.launched[backend] = launch(
-                backend, RANKS, str(backend), self.reference, *parts, folder=folder, limit=sum(parts.values())
-            )
-        return [rank[part] for rank in self.launched[backend]]
+        if backend not in self.ranks and backend not in self.failures:
+            self._launch(backend)
+        assert backend in self.ranks, self.failures[backend]
+        return [rank[part] for rank in self.ranks[backend]]
+
+    def _launch(self, backend: str | None) -> None:
+        parts = self.parts[backend]
+        words = (RANKS, str(backend), self.reference, *parts)
+        try:
+            self.ranks[backend] = launch(backend, *words, folder=self.folder / str(backend), limit=sum(parts.values()))
+        except AssertionError as error:  # once for all tests that need it, not once more for each
+            self.failures[backend] = str(error)
 
     def folder_of(self, backend: str | None, part: str) -> Path:
         return self.folder / str(backend) / part
