@@ -12,10 +12,12 @@ quickstart: $(VENV)/.installed
 check: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -m "not subprocess" --numprocesses 2 --dist worksteal
 
-test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+# Then what starts processes, and last what starts two at a time.
+test: check
+	$(BIN)/python -m pytest -m subprocess --ignore tests/distributed --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/distributed
 
-# The long forms: 5,000 optimizer steps on two ranks, 30 kills, twenty times as many random inputs.
+# The long forms: 5,000 optimizer steps on two ranks, 30 kills, eighty times as many random inputs.
 soak: $(VENV)/.installed
 	ENTROCRAFT_SOAK=1 $(BIN)/python -m pytest --override-ini timeout=3600
 

@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 
 # Tests that start processes by their folder, and by the fixture that starts them; others carry the mark themselves.
 FOLDERS = {"distributed"}
-FIXTURES = {"hub", "nodes", "processes"}
+FIXTURES = {"holder", "hub", "nodes", "processes"}
 
 
 def pytest_collection_modifyitems(items):
@@ -41,13 +41,22 @@ def no_process_in_the_inner_loop(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_garbage_collection():
-    """Accelerate collects garbage after each training run, which takes half a second over all imported modules."""
-    import tiny  # noqa: F401
+def quick_trainings():
+    from quick import quicken_trainings
 
-    gc.freeze()
-    yield
+    gc.freeze()  # what is imported stays, and no collection has to look at it
+    with pytest.MonkeyPatch.context() as patch:
+        quicken_trainings(patch.setattr)
+        yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def saves_without_figure(request, monkeypatch):
+    if request.node.get_closest_marker("figure") is None:
+        from quick import draw_no_figure
+
+        draw_no_figure(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

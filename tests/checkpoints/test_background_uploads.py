@@ -60,6 +60,7 @@ print("done")
 """
 
 
+@pytest.mark.subprocess
 def test_a_process_ends_under_an_upload_and_runs_what_is_due_at_exit(tmp_path):
     # With huggingface_hub's own pool of threads it never ends.
     done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=120)
@@ -116,6 +117,7 @@ ThreadPoolExecutor(1).submit(upload)
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(("over", "seen"), [(True, "refused"), (False, "passed")])
 def test_requests_are_refused_when_python_exits_and_the_patience_is_over(over, seen):
     line = [sys.executable, "-c", REFUSED.replace("{over}", str(over))]

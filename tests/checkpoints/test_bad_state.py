@@ -5,15 +5,15 @@ Broken and foreign checkpoints: what is wrong is said with file and field, befor
 
 import json
 import math
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import tiny
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from soak import profile
 
 from entrocraft_trl.checkpoints import hub_download
 from entrocraft_trl.checkpoints.choice import resolve_checkpoint
@@ -21,13 +21,7 @@ from entrocraft_trl.checkpoints.manifest import list_checkpoints, read_step, set
 from entrocraft_trl.control.state import ControlMemory, EntropyControlState, read_memory
 
 
-SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
 FILE = "trainer_state.json"
-
-
-def profile(examples: int):
-    """A run tries the same examples every time; the soak run tries twenty times as many."""
-    return settings(derandomize=True, deadline=None, database=None, max_examples=20 * examples if SOAK else examples)
 
 
 def build(steps, output_dir):
@@ -93,7 +87,7 @@ def is_right(name: str, value) -> bool:
     return type(value) is bool
 
 
-@profile(400)
+@profile(100)
 @given(changes=st.dictionaries(st.sampled_from(sorted(GOOD)), VALUES, max_size=3))
 @example(changes={"horizon": True})
 @example(changes={"initial_entropy": math.nan})
@@ -170,7 +164,7 @@ def test_a_missing_field_is_named(checkpoint, name):
     assert why_incomplete(checkpoint) == f"{FILE} has no field {name!r}"
 
 
-@profile(150)
+@profile(50)
 @given(share=st.floats(0, 0.999), tail=st.sampled_from([b"", b"\x00" * 64, b"\xff", b"}", b"]}", b'"']))
 def test_a_truncated_file_is_never_read(written, tmp_path_factory, share, tail):
     """As a full disk or a crash leaves it: cut anywhere, with or without rubbish behind."""
@@ -183,7 +177,7 @@ def test_a_truncated_file_is_never_read(written, tmp_path_factory, share, tail):
     assert why_incomplete(folder).startswith(FILE)
 
 
-@profile(300)
+@profile(75)
 @given(place=st.floats(0, 0.999), byte=st.integers(0, 255))
 def test_a_changed_byte_never_ends_in_a_crash(written, tmp_path_factory, place, byte):
     content = bytearray((written / FILE).read_bytes())
@@ -215,7 +209,7 @@ JSON = st.recursive(
 )
 
 
-@profile(300)
+@profile(75)
 @given(name=st.sampled_from(["global_step", "max_steps", "epoch", "log_history", "stateful_callbacks"]), value=JSON)
 @example(name="global_step", value=math.inf)  # which int() turns into an OverflowError
 @example(name="global_step", value=None)

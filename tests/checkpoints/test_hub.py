@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from hub_client import TOKEN
+from hub_environment import HELPERS, client_environment
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, close_session, errors, get_session
 
@@ -24,7 +24,6 @@ from entrocraft_trl.cli import CommandError
 from entrocraft_trl.cli.train import _train
 
 
-HELPERS = Path(__file__).parents[1] / "helpers"
 PLAIN_FILES = {"README.md", "config.json", "entropy.png", "model.safetensors", "tokenizer.json", "training_args.bin"}
 CHECKPOINT_FILES = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
@@ -34,24 +33,12 @@ def hub(tmp_path_factory):
     """The server after all runs, the folder of the runs, and what the client saw."""
     folder = tmp_path_factory.mktemp("hub")
     with HubServer() as server:
-        environment = client_environment(server, folder)
+        environment = client_environment(server.url, folder)
         client = [sys.executable, str(HELPERS / "hub_client.py"), "results.json"]
         # All runs together take about 20 seconds on an idle core; a hang is a failure, with the client's last words.
         done = subprocess.run(client, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         yield server, folder, json.loads((folder / "results.json").read_text())
-
-
-def client_environment(server: HubServer, folder: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "HF_ENDPOINT": server.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",  # the server speaks the LFS protocol only
-        "HF_HOME": str(folder / "home"),
-        "NO_PROXY": "127.0.0.1,localhost",
-        "PYTHONPATH": str(HELPERS.parents[1]),
-    }
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -180,7 +167,7 @@ def test_the_command_that_we_print_pushes_what_the_run_pushes(hub):
     command = results["local"]["how_to_push"].partition("later with: ")[2]
     assert command.startswith('hf upload tester/local "local" . --exclude ')
     command = command.replace("tester/local", "tester/by-hand", 1)
-    environment = {**client_environment(server, folder), "HF_TOKEN": TOKEN}
+    environment = {**client_environment(server.url, folder), "HF_TOKEN": TOKEN}
     hf = Path(sys.executable).with_name("hf")
     line = [str(hf), *shlex.split(command)[1:]]
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)

@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hub_environment import HELPERS, client_environment
 from hub_server import HubServer
-from test_hub import HELPERS, client_environment
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import TrainerControl, TrainerState
 
@@ -63,7 +63,7 @@ def nodes(tmp_path_factory):
                 (node / "broken").write_text("a file where the folder of the run should be")
             launched = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            environment = {**client_environment(server, folder), **launched, **address}
+            environment = {**client_environment(server.url, folder), **launched, **address}
             worker = [sys.executable, str(HELPERS / "hub_nodes_worker.py"), "results.json", *CASES.values()]
             stream = (node / "output.txt").open("w")
             processes.append(subprocess.Popen(worker, cwd=node, env=environment, stdout=stream, stderr=stream))

@@ -17,11 +17,11 @@ import killed_worker
 import pytest
 import torch
 from safetensors.torch import load_file
+from soak import SOAK
 
 from entrocraft_trl.checkpoints.manifest import checkpoint_folder, list_checkpoints
 
 
-SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
 PHASES = ("writing", "generation", "committing", "update", "deleting", "start")
 KILLS = 30 if SOAK else len(PHASES)
 CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")

@@ -2,19 +2,18 @@
 
 import copy
 import math
-import os
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from soak import profile
 
 from entrocraft_trl.checkpoints.rank_file import read_rank_file
 
 
-SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
 NAME = "entrocraft_rank_0.pt"
 
 
@@ -97,7 +96,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(derandomize=True, deadline=None, database=None, max_examples=6000 if SOAK else 300)
+@profile(75)
 @given(data=st.data())
 def test_any_value_anywhere_ends_in_no_other_error(written, tmp_path_factory, data):
     content = copy.deepcopy(written)

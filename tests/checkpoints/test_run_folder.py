@@ -90,6 +90,7 @@ def test_a_killed_process_does_not_block_its_restart(holder, tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.subprocess
 def test_the_folder_is_free_after_training_and_after_an_error(tmp_path):
     def others_can():
         code = f"import fcntl; fcntl.lockf(open('run/{TRAINING}', 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"

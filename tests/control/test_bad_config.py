@@ -7,22 +7,21 @@ import contextlib
 import dataclasses
 import io
 import math
-import os
 import warnings
 
 import pytest
 import tiny
 import torch
 import yaml
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from soak import profile
 from trl import TrlParser
 
 from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftRLOOConfig
 from entrocraft_trl.control.config import EntropyControlConfig
 
 
-SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
 # The choices of each field, by hand.
@@ -38,11 +37,6 @@ ALLOWED = {
     "entropy_source": ["policy", "sampling"],
 }
 DEFAULTS = {"entropy_low": [0.9, 0.15], "entropy_high": [1.05, 0.3], "entropy_schedule": "linear"}
-
-
-def profile(examples: int):
-    """A run tries the same examples every time; the soak run tries twenty times as many."""
-    return settings(derandomize=True, deadline=None, database=None, max_examples=20 * examples if SOAK else examples)
 
 
 # ------------------------------------------------------------------------------------- what is valid, in plain words
@@ -193,7 +187,7 @@ def test_every_field_has_a_strategy():
     assert drawn == {field.name for field in dataclasses.fields(EntropyControlConfig)}, "describe the new field here"
 
 
-@profile(600)
+@profile(150)
 @given(
     values=st.one_of(CONFIGS, KNOT_CONFIGS), config_class=st.sampled_from([EntrocraftGRPOConfig, EntrocraftRLOOConfig])
 )
@@ -246,7 +240,7 @@ def words(values: dict) -> list[str]:
     return arguments
 
 
-@profile(120)
+@profile(60)
 @given(values=st.one_of(CONFIGS, KNOT_CONFIGS))
 def test_yaml_command_line_and_python_agree(values):
     # No YAML for these types, and none of the three can leave a field out by naming it.

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+import equality
 import pytest
-import test_drop_equality as equality
 import tiny
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer

@@ -5,8 +5,9 @@ import math
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from soak import profile
 
 from entrocraft_trl.control import loss_inputs, rejection
 from entrocraft_trl.control.advantages import unit_rewards
@@ -24,7 +25,7 @@ strengths = st.floats(-1.0, 1.0)
 # --------------------------------------------------------------------------------------------------------- Algorithm 1
 
 
-@settings(max_examples=300)
+@profile(100)
 @given(advantages=advantage_lists, entropy=nats, edges=st.tuples(nats, nats))
 def test_algorithm_1(advantages, entropy, edges):
     low, high = sorted(edges)
@@ -181,7 +182,7 @@ def test_when_everything_is_allowed_nothing_is_rejected(scores):
 bounds_pairs = st.tuples(strengths, strengths).map(sorted)
 
 
-@settings(max_examples=400)
+@profile(100)
 @given(scores=st.lists(finite, min_size=1, max_size=20, unique=True), bounds=bounds_pairs)
 def test_accepted_change_meets_the_bounds_within_half_a_rollout(scores, bounds):
     scores, (least, most) = torch.tensor(scores), bounds

@@ -7,15 +7,15 @@ import csv
 import io
 import json
 import math
-import os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from soak import profile
 
 from entrocraft_trl import EntrocraftGRPOTrainer
 from entrocraft_trl.cli import main
@@ -23,14 +23,8 @@ from entrocraft_trl.data.broken_lines import find_broken_line
 from entrocraft_trl.data.loading import PromptFormat, drop_long_prompts, load_rows, prepare_rows
 
 
-SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
 ROWS = [{"prompt": f"question {index}", "answer": index} for index in range(10)]
 LINES = [json.dumps(row) for row in ROWS]
-
-
-def profile(examples: int):
-    """A run tries the same examples every time; the soak run tries twenty times as many."""
-    return settings(derandomize=True, deadline=None, database=None, max_examples=20 * examples if SOAK else examples)
 
 
 def with_line(number: int, line: str) -> str:
@@ -103,7 +97,7 @@ def test_the_broken_one_of_several_files_is_named(tmp_path):
 def test_a_column_that_changes_its_type_late_is_named(tmp_path):
     """Beyond the first block that the reader looks at, a change of type cannot be mended any more."""
     path = tmp_path / "late.jsonl"
-    count = 200_000  # about 24 MB; the reader's block is 10 MB
+    count = 100_000  # about 12 MB; the reader's block is 10 MB
     line = json.dumps({"prompt": "x" * 90, "answer": 1}) + "\n"
     path.write_text(line * count + '{"prompt": "x", "answer": "one"}\n')
     with pytest.raises(ValueError, match=f"line {count + 1}: column 'answer' holds a text, but a number in the lines"):
@@ -119,7 +113,7 @@ BROKEN_LINES = st.one_of(
 )
 
 
-@profile(200)
+@profile(50)
 @given(number=st.integers(1, len(LINES)), line=BROKEN_LINES, ending=st.sampled_from(["\n", "\r\n"]))
 def test_any_broken_line_is_found(tmp_path_factory, number, line, ending):
     path = tmp_path_factory.mktemp("lines") / "rows.jsonl"
@@ -204,7 +198,7 @@ def is_prompt(value) -> bool:
     return whole and any(m["content"] for m in value)
 
 
-@profile(300)
+@profile(75)
 @given(value=PROMPTS, index=st.integers(0, 10**6))
 def test_a_prompt_arrives_or_is_named_with_row_and_column(value, index):
     form = PromptFormat(prompt_column="question")

@@ -7,30 +7,24 @@ import asyncio
 import functools
 import itertools
 import math
-import os
 import warnings
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from soak import profile
 
 from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftRLOOTrainer
 from entrocraft_trl.data.reward_guard import LARGEST_REWARD, MOST_UNSCORABLE_BATCHES, RewardGuard
 from entrocraft_trl.data.rewards import reward_name
 
 
-SOAK = os.environ.get("ENTROCRAFT_SOAK") == "1"
 ROWS = 8
 PROMPTS = [f"{row}+{row}=?" for row in range(ROWS)]
 COMPLETIONS = [f"completion {row}" for row in range(ROWS)]
-
-
-def profile(examples: int):
-    """A run tries the same examples every time; the soak run tries twenty times as many."""
-    return settings(derandomize=True, deadline=None, database=None, max_examples=20 * examples if SOAK else examples)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +120,7 @@ GOOD_VALUES = st.one_of(
 BAD_VALUES = st.sampled_from([math.inf, -math.inf, 1e300, "1", [0.5], {}, 1j])
 
 
-@profile(150)
+@profile(50)
 @given(
     columns=st.lists(st.lists(GOOD_VALUES, min_size=ROWS, max_size=ROWS), min_size=1, max_size=3),
     bad=st.one_of(st.none(), st.tuples(st.integers(0, 2), st.integers(0, ROWS - 1), BAD_VALUES)),

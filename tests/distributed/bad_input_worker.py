@@ -1,17 +1,13 @@
 """Bad input on one of two ranks: each case must end both ranks with the same message. Then a healthy run."""
 
-from launching import start_worker, write_result
+import math
+import os
 
+import tiny
+import torch
+from launching import part_folder
 
-folder = start_worker()
-
-import math  # noqa: E402
-import os  # noqa: E402
-
-import tiny  # noqa: E402
-import torch  # noqa: E402
-
-from entrocraft_trl import EntrocraftGRPOTrainer  # noqa: E402
+from entrocraft_trl import EntrocraftGRPOTrainer
 
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -46,7 +42,10 @@ def train(trainer_class=EntrocraftGRPOTrainer, reward=tiny.share_of_digits, step
     trainer = tiny.build_trainer(
         trainer_class,
         args=tiny.build_config(
-            output_dir=str(folder / "run"), per_device_train_batch_size=4, max_steps=steps, dataloader_pin_memory=False
+            output_dir=str(part_folder(__name__) / "run"),
+            per_device_train_batch_size=4,
+            max_steps=steps,
+            dataloader_pin_memory=False,
         ),
         reward_funcs=reward,
         rollout_func=tiny.rollout_function(ROLLOUTS[4 * RANK : 4 * RANK + 4]),
@@ -60,18 +59,19 @@ def train(trainer_class=EntrocraftGRPOTrainer, reward=tiny.share_of_digits, step
     return trainer, {"steps": trainer.state.global_step, "weights": weights.tolist()}
 
 
-outcomes = {}
-for name, rank, change in (
-    ("infinite", 1, lambda rewards: [*rewards[:2], math.inf, rewards[3]]),
-    ("text", 0, lambda rewards: [*rewards[:2], "good", rewards[3]]),
-    ("too few", 1, lambda rewards: rewards[:3]),
-    ("exception", 0, fail_alone),
-):
-    _, outcomes[name] = train(reward=on_rank(rank, change))
-_, outcomes["unscored"] = train(reward=on_rank(RANK, lambda rewards: [None] * len(rewards)), steps=12)
-_, outcomes["half scored"] = train(reward=on_rank(1, lambda rewards: [None] * len(rewards)), steps=12)
-trainer, outcomes["logits"] = train(BrokenOnRankOne)
-outcomes["logits"]["initial_entropy"] = trainer.control_memory.initial_entropy
-trainer, outcomes["healthy"] = train()
+def run(backend: str, reference: str):
+    outcomes = {}
+    for name, rank, change in (
+        ("infinite", 1, lambda rewards: [*rewards[:2], math.inf, rewards[3]]),
+        ("text", 0, lambda rewards: [*rewards[:2], "good", rewards[3]]),
+        ("too few", 1, lambda rewards: rewards[:3]),
+        ("exception", 0, fail_alone),
+    ):
+        _, outcomes[name] = train(reward=on_rank(rank, change))
+    _, outcomes["unscored"] = train(reward=on_rank(RANK, lambda rewards: [None] * len(rewards)), steps=12)
+    _, outcomes["half scored"] = train(reward=on_rank(1, lambda rewards: [None] * len(rewards)), steps=12)
+    trainer, outcomes["logits"] = train(BrokenOnRankOne)
+    outcomes["logits"]["initial_entropy"] = trainer.control_memory.initial_entropy
+    trainer, outcomes["healthy"] = train()
 
-write_result(trainer.accelerator, outcomes=outcomes)
+    return trainer.accelerator, outcomes

@@ -11,6 +11,7 @@ import tiny
 
 STEPS = 6
 ROWS = 8  # rollouts of a generation batch, over all ranks
+BACKENDS = ("cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_fsdp2")
 RANKS = 2  # in the launched runs; one process imitates their micro-batches
 
 TOO_LOW, INSIDE, TOO_HIGH = (50.0, 60.0), (0.0, 100.0), (0.0, 0.0)  # nats; an entropy is at most log(24) = 3.2
@@ -89,6 +90,7 @@ CASES = {
     },
     "lora_entropy_change": {"lora": True, **ENTROPY_CHANGE, "plan": GRADED},
 }
+LOCAL_COUNTS = "drop:local_counts"  # `drop` on a trainer in which every rank counts only what it kept itself
 
 ROLLOUTS = tiny.random_rollouts(STEPS * ROWS, seed=5)
 

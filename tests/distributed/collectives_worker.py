@@ -1,16 +1,15 @@
 """Trains plain GRPO and Entrocraft under each rule, and notes every collective call that Python makes meanwhile."""
 
-from launching import start_worker, write_result
+from contextlib import ExitStack
+from unittest.mock import patch
 
+import cases
+import tiny
+import torch
+from launching import part_folder
+from trl import GRPOConfig, GRPOTrainer
 
-folder = start_worker()
-
-import cases  # noqa: E402
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
-
-from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer  # noqa: E402
+from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
 
 
 COLLECTIVES = (
@@ -34,7 +33,8 @@ COLLECTIVES = (
 calls: list[str] = []
 
 
-def note_calls(name: str) -> None:
+def note_calls(name: str):
+    """A context in which calls of this collective are noted."""
     original = getattr(torch.distributed, name)
 
     def noting(*args, **kwargs):
@@ -43,7 +43,7 @@ def note_calls(name: str) -> None:
         calls.append(f"{name} {tensors[-1].numel()}" if tensors else name)
         return original(*args, **kwargs)
 
-    setattr(torch.distributed, name, noting)
+    return patch.object(torch.distributed, name, noting)
 
 
 class StepByStep:
@@ -81,7 +81,7 @@ def train(trainer_class, config_class, case: str, **settings):
     arguments = {"entropy_band": cases.band_function(case)} if trainer_class is Entrocraft else {}
     args = tiny.build_config(
         config_class,
-        output_dir=str(folder / "run"),
+        output_dir=str(part_folder(__name__) / "run"),
         max_steps=cases.STEPS,
         num_generations=cases.ROWS,
         per_device_train_batch_size=cases.ROWS // cases.RANKS,
@@ -99,14 +99,15 @@ def train(trainer_class, config_class, case: str, **settings):
     return trainer
 
 
-if __name__ == "__main__":
-    for collective in COLLECTIVES:
-        note_calls(collective)
-    plain = train(Plain, GRPOConfig, "drop")
-    steps, accepted = {"plain": plain.steps}, {}
-    for rule, settings in RULES.items():
-        case = "nothing_accepted" if rule == "advantage_sign_reward" else "drop"
-        trainer = train(Entrocraft, EntrocraftGRPOConfig, case, entropy_unit="nats", **settings)
-        steps[rule] = trainer.steps
-        accepted[rule] = tiny.history(trainer, "entrocraft/accepted_rollouts")
-    write_result(trainer.accelerator, steps=steps, accepted=accepted)
+def run(backend: str, reference: str):
+    with ExitStack() as noting:
+        for collective in COLLECTIVES:
+            noting.enter_context(note_calls(collective))
+        plain = train(Plain, GRPOConfig, "drop")
+        steps, accepted = {"plain": plain.steps}, {}
+        for rule, settings in RULES.items():
+            case = "nothing_accepted" if rule == "advantage_sign_reward" else "drop"
+            trainer = train(Entrocraft, EntrocraftGRPOConfig, case, entropy_unit="nats", **settings)
+            steps[rule] = trainer.steps
+            accepted[rule] = tiny.history(trainer, "entrocraft/accepted_rollouts")
+    return trainer.accelerator, {"steps": steps, "accepted": accepted}

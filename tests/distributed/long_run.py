@@ -1,20 +1,17 @@
 """Worker of `test_long_run`: trains a micro model for many steps under the filter and notes what must not drift."""
 
 import random
-import sys
 
-import launching
+import psutil
+import tiny
+from launching import part_folder
+from soak import SOAK
+from transformers import PrinterCallback, TrainerCallback
 
-
-folder = launching.start_worker()
-
-import psutil  # noqa: E402
-import tiny  # noqa: E402
-from transformers import PrinterCallback, TrainerCallback  # noqa: E402
-
-from entrocraft_trl import EntrocraftGRPOTrainer  # noqa: E402
+from entrocraft_trl import EntrocraftGRPOTrainer
 
 
+STEPS = 5000 if SOAK else 150
 SAMPLES = 50  # notes a run
 
 
@@ -35,10 +32,10 @@ def noisy_judge(completions, **kwargs) -> list[float]:
     return [share + random.uniform(-0.5, 0.5) for share in tiny.share_of_digits(completions)]
 
 
-def main(steps: int) -> None:
+def run(backend: str, reference: str):
     config = tiny.build_config(
-        output_dir=str(folder / "run"),
-        max_steps=steps,
+        output_dir=str(part_folder(__name__) / "run"),
+        max_steps=STEPS,
         per_device_train_batch_size=16,
         num_generations=8,
         optim="adamw_torch",
@@ -58,18 +55,11 @@ def main(steps: int) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     log = [record for record in trainer.state.log_history if "reward" in record]
-    launching.write_result(
-        trainer.accelerator,
-        memory=notes.memory,
-        checksums=notes.checksums,
-        steps=[record["step"] for record in log],
-        entropies=[record["entrocraft/entropy"] for record in log],
-        directions=[record["entrocraft/direction"] for record in log],
-        accepted=[record["entrocraft/accepted_rollouts"] for record in log],
-    )
-    trainer.accelerator.wait_for_everyone()
-    trainer.end()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    return trainer.accelerator, {
+        "memory": notes.memory,
+        "checksums": notes.checksums,
+        "steps": [record["step"] for record in log],
+        "entropies": [record["entrocraft/entropy"] for record in log],
+        "directions": [record["entrocraft/direction"] for record in log],
+        "accepted": [record["entrocraft/accepted_rollouts"] for record in log],
+    }

@@ -6,28 +6,25 @@ Checkpoints after steps 3 and 6; a generation batch serves two steps and a log l
 step 3 is in the middle of both. Weights are compared as saved in `checkpoint-6`.
 """
 
-from launching import start_worker, write_result
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+
+import tiny
+import torch
+from launching import part_folder
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from entrocraft_trl.checkpoints.manifest import list_checkpoints
 
 
-folder = start_worker()
-
-import logging  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-from contextlib import contextmanager, nullcontext  # noqa: E402
-
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
-
-from entrocraft_trl.checkpoints.manifest import list_checkpoints  # noqa: E402
-
-
+folder = part_folder(__name__)
 RANK = int(os.environ["RANK"])
 CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
 REFUSED = ("broken-resumed", "half", "in-use")  # "half" starts once more, without resuming
@@ -141,37 +138,6 @@ def copy(name) -> None:
     on_main(lambda: shutil.copytree(folder / "whole" / "checkpoint-3", folder / name / "checkpoint-3"))
 
 
-logging.getLogger("entrocraft_trl.checkpoints.resume").addHandler(Keep())
-outcomes = {"whole": train("whole"), "resumed": train("resumed", "whole/checkpoint-3")}
-differences = {"resumed": difference("resumed")}
-
-outcomes["signalled"] = train("signalled", "auto", SignalAt())
-checkpoints = list_checkpoints(folder / "signalled")
-outcomes["signalled, resumed"] = train("signalled", "auto")
-differences["signalled"] = difference("signalled")
-
-outcomes["signalled late"] = train("signalled-late", None, SignalLate())
-differences["signalled late"] = difference("signalled-late")
-
-# Rank 1's file is lost: both ranks go on as TRL does.
-copy("lost")
-on_main((folder / "lost" / "checkpoint-3" / "entrocraft_rank_1.pt").unlink)
-outcomes["lost"] = train("lost-resumed", "lost/checkpoint-3")
-# Rank 1's file is broken: both ranks say so.
-on_main(lambda: (folder / "lost" / "checkpoint-3" / "entrocraft_rank_1.pt").write_bytes(b"broken"))
-outcomes["broken"] = train("broken-resumed", "lost/checkpoint-3")
-# A file of rank 1 is cut off in the newest checkpoint: both ranks take the one before.
-copy("half")
-on_main(lambda: shutil.copytree(folder / "whole" / "checkpoint-6", folder / "half" / "checkpoint-6"))
-last_file = sorted((folder / "half" / "checkpoint-6").rglob("*rank_1*.pt"))  # of the optimizer, under ZeRO
-half = last_file[-1] if last_file[-1].name != "entrocraft_rank_1.pt" else folder / "half/checkpoint-6/rng_state_1.pth"
-on_main(lambda: half.write_bytes(half.read_bytes()[:-1]))
-outcomes["half"] = train("half", True)
-differences["half"] = difference("half")
-
-outcomes["started where another has been"] = train("half")
-
-
 @contextmanager
 def taken(name):
     """Another process is in the folder."""
@@ -183,22 +149,52 @@ def taken(name):
     holder.communicate()
 
 
-with taken("in-use") if RANK == 0 else nullcontext():
-    torch.distributed.barrier()
-    outcomes["in use"] = train("in-use")
+def run(backend: str, reference: str):
+    logging.getLogger("entrocraft_trl.checkpoints.resume").addHandler(Keep())
+    outcomes = {"whole": train("whole"), "resumed": train("resumed", "whole/checkpoint-3")}
+    differences = {"resumed": difference("resumed")}
 
-outcomes["nan loss"] = train("nan-loss", None, trainer_class=LossIsNan)
-outcomes["nan weight"] = train("nan-weight", None, BreakWeight())
-saved = [str(path) for name in ("nan-loss", "nan-weight") for path in (folder / name).glob("checkpoint-*")]
+    outcomes["signalled"] = train("signalled", "auto", SignalAt())
+    checkpoints = list_checkpoints(folder / "signalled")
+    outcomes["signalled, resumed"] = train("signalled", "auto")
+    differences["signalled"] = difference("signalled")
 
-trainer = build("last")
-write_result(
-    trainer.accelerator,
-    outcomes=outcomes,
-    differences=differences,
-    checkpoints=[f"{step}: {reason}" for step, reason in checkpoints.items()],
-    half=half.name,
-    saved=saved,
-    files=sorted(path.name for path in (folder / "whole" / "checkpoint-3").iterdir()),
-)
-trainer.end()
+    outcomes["signalled late"] = train("signalled-late", None, SignalLate())
+    differences["signalled late"] = difference("signalled-late")
+
+    # Rank 1's file is lost: both ranks go on as TRL does.
+    copy("lost")
+    on_main((folder / "lost" / "checkpoint-3" / "entrocraft_rank_1.pt").unlink)
+    outcomes["lost"] = train("lost-resumed", "lost/checkpoint-3")
+    # Rank 1's file is broken: both ranks say so.
+    on_main(lambda: (folder / "lost" / "checkpoint-3" / "entrocraft_rank_1.pt").write_bytes(b"broken"))
+    outcomes["broken"] = train("broken-resumed", "lost/checkpoint-3")
+    # A file of rank 1 is cut off in the newest checkpoint: both ranks take the one before.
+    copy("half")
+    on_main(lambda: shutil.copytree(folder / "whole" / "checkpoint-6", folder / "half" / "checkpoint-6"))
+    last_file = sorted((folder / "half" / "checkpoint-6").rglob("*rank_1*.pt"))  # of the optimizer, under ZeRO
+    half = last_file[-1]
+    if half.name == "entrocraft_rank_1.pt":
+        half = folder / "half" / "checkpoint-6" / "rng_state_1.pth"
+    on_main(lambda: half.write_bytes(half.read_bytes()[:-1]))
+    outcomes["half"] = train("half", True)
+    differences["half"] = difference("half")
+
+    outcomes["started where another has been"] = train("half")
+
+    with taken("in-use") if RANK == 0 else nullcontext():
+        torch.distributed.barrier()
+        outcomes["in use"] = train("in-use")
+
+    outcomes["nan loss"] = train("nan-loss", None, trainer_class=LossIsNan)
+    outcomes["nan weight"] = train("nan-weight", None, BreakWeight())
+    saved = [str(path) for name in ("nan-loss", "nan-weight") for path in (folder / name).glob("checkpoint-*")]
+
+    return build("last").accelerator, {
+        "outcomes": outcomes,
+        "differences": differences,
+        "checkpoints": [f"{step}: {reason}" for step, reason in checkpoints.items()],
+        "half": half.name,
+        "saved": saved,
+        "files": sorted(path.name for path in (folder / "whole" / "checkpoint-3").iterdir()),
+    }

@@ -3,13 +3,10 @@ Bad input on one of two ranks ends both with the same message. In plain TRL the 
 collective, where they wait until its time limit.
 """
 
-from pathlib import Path
-
 import pytest
-from launching import launch
 
 
-WORKER = Path(__file__).with_name("bad_input_worker.py")
+PART, BACKENDS, LIMIT = "bad_input_worker", ["cpu_ddp"], 60  # hung ranks would wait for half an hour
 # Each rank has four rollouts, so the third one of rank 1 is number 6 of the batch.
 EXPECTED = {
     "infinite": ["'judge' returned inf, where rewards must be finite", "for rollout 6 of the batch"],
@@ -22,10 +19,8 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    # Hung ranks would wait for half an hour.
-    results = launch("cpu_ddp", WORKER, folder=tmp_path_factory.mktemp("bad_ranks"), limit=180)
-    return [result["outcomes"] for result in results]
+def ranks(launches):
+    return launches.results("cpu_ddp", PART)
 
 
 @pytest.mark.parametrize("case", EXPECTED)

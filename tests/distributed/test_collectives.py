@@ -7,13 +7,12 @@ per rollout besides.
 """
 
 from collections import Counter
-from pathlib import Path
 
 import cases
 import pytest
-from launching import launch
 
 
+PART, BACKENDS, LIMIT = "collectives_worker", ["cpu_ddp"], 60
 RULES = (
     "advantage_sign",
     "advantage_sign_zero_advantage",
@@ -26,8 +25,8 @@ ROWS_OF_A_RANK = cases.ROWS // cases.RANKS
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return launch("cpu_ddp", Path(__file__).with_name("collectives_worker.py"), folder=tmp_path_factory.mktemp("run"))
+def ranks(launches):
+    return launches.results("cpu_ddp", PART)
 
 
 def added_calls(rank: dict, rule: str) -> list[Counter]:

@@ -1,21 +1,18 @@
 """Many steps under the filter on two ranks: flat memory, a complete log, a band that is followed, no drift."""
 
-import os
-from pathlib import Path
 from statistics import mean, median
 
-import launching
+from long_run import STEPS
 
 
-STEPS = 5000 if os.environ.get("ENTROCRAFT_SOAK") else 150
-WORKER = Path(__file__).with_name("long_run.py")
+PART, BACKENDS, LIMIT = "long_run", ["cpu_ddp"], 60 + 0.3 * STEPS
 # 4,000 more log records take 13 MB (3.1 kB each), and the medians still jump by some 15 MB. A batch of 32 rollouts
 # that leaks each step (ids, masks, log-probs: some 20 kB) would take 80 MB more.
 GROWTH = 60.0  # MB
 
 
-def test_a_long_run_under_the_filter(tmp_path):
-    ranks = launching.launch("cpu_ddp", WORKER, STEPS, folder=tmp_path, limit=120 + 0.3 * STEPS)
+def test_a_long_run_under_the_filter(launches):
+    ranks = launches.results("cpu_ddp", PART)
     first = ranks[0]
     for rank in ranks:
         assert rank["steps"] == list(range(1, STEPS + 1))  # each step logged, and once

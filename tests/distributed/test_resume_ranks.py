@@ -1,17 +1,15 @@
 """Exact resume, SIGTERM to one rank, files of one rank lost or broken, NaN on one: two ranks, on every backend."""
 
-from pathlib import Path
-
 import pytest
-from launching import launch
+from cases import BACKENDS
 
 
-WORKER = Path(__file__).with_name("resume_worker.py")
+PART, LIMIT = "resume_worker", 150
 
 
-@pytest.fixture(scope="module", params=["cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_fsdp2"])
-def ranks(request, tmp_path_factory):
-    return launch(request.param, WORKER, folder=tmp_path_factory.mktemp(request.param), limit=300)
+@pytest.fixture(scope="module", params=BACKENDS)
+def ranks(request, launches):
+    return launches.results(request.param, PART)
 
 
 def test_resumed_run_is_the_uninterrupted_run(ranks):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 from launching import ENVIRONMENT, ROOT, _kill_tree, launch_line
+from soak import SOAK
 
 from entrocraft_trl.checkpoints.manifest import list_checkpoints
 
@@ -60,7 +61,7 @@ def line(tmp_path):
 
 
 # One process without a launcher costs as much time again.
-@pytest.mark.parametrize("config", ["cpu_ddp", *([None] if os.environ.get("ENTROCRAFT_SOAK") == "1" else [])])
+@pytest.mark.parametrize("config", ["cpu_ddp", *([None] if SOAK else [])])
 def test_sigterm_to_the_launcher(config, line, tmp_path):
     environment = {**os.environ, **ENVIRONMENT}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])

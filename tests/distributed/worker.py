@@ -1,26 +1,22 @@
 """
-Trains the cases named on the command line, one after the other, in one process or as one of several ranks.
+Trains all cases, one after the other, in one process or as one of several ranks.
 
 Writes each case's parameters, in full on every rank, and its log.
 """
 
-from launching import start_worker, write_result
+import contextlib
+import os
+from unittest.mock import patch
 
+import cases
+import numpy as np
+import tiny
+import torch
+from launching import part_folder
+from peft import LoraConfig
+from trl.trainer import grpo_trainer
 
-folder = start_worker()
-
-import contextlib  # noqa: E402
-import os  # noqa: E402
-import sys  # noqa: E402
-
-import cases  # noqa: E402
-import numpy as np  # noqa: E402
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from peft import LoraConfig  # noqa: E402
-from trl.trainer import grpo_trainer  # noqa: E402
-
-from entrocraft_trl import EntrocraftGRPOTrainer  # noqa: E402
+from entrocraft_trl import EntrocraftGRPOTrainer
 
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,7 +54,7 @@ def train(case: str, reference: str, broken: bool = False) -> tuple[RecordingTra
         # Its mean is over the tokens of a micro-batch, so one process must have the ranks' micro-batches.
         rows, settings["gradient_accumulation_steps"] = rows // cases.RANKS, accumulation * cases.RANKS
     args = tiny.build_config(
-        output_dir=str(folder / "run"),
+        output_dir=str(part_folder(__name__) / "run"),
         max_steps=cases.STEPS,
         num_generations=cases.ROWS,
         per_device_train_batch_size=rows,
@@ -66,9 +62,7 @@ def train(case: str, reference: str, broken: bool = False) -> tuple[RecordingTra
         entropy_unit="nats",
         **settings,
     )
-    grpo_trainer.shuffle_sequence_dict = lambda rows_dict: _reorder(
-        rows_dict, cases.order_of_rows(micro_batches, WORLD)
-    )
+    order = cases.order_of_rows(micro_batches, WORLD)
     model = tiny.build_model()
     model.config._name_or_path = reference  # where TRL loads the reference model from
     torch.manual_seed(0)  # LoRA draws its weights from the global generator
@@ -83,7 +77,8 @@ def train(case: str, reference: str, broken: bool = False) -> tuple[RecordingTra
         entropy_band=cases.band_function(case),
         peft_config=adapter,
     )
-    trainer.train()
+    with patch.object(grpo_trainer, "shuffle_sequence_dict", lambda rows: _reorder(rows, order)):
+        trainer.train()
     return trainer, full_parameters(trainer)
 
 
@@ -115,8 +110,9 @@ def _whole(trainer, parameter):
     return deepspeed.zero.GatheredParameters([parameter])
 
 
-if __name__ == "__main__":
-    reference, *names = sys.argv[1:]
+def run(backend: str, reference: str):
+    names = [*cases.CASES, cases.LOCAL_COUNTS] if backend == "cpu_ddp" else [*cases.CASES]
+    folder = part_folder(__name__)
     logs = {}
     for name in names:
         case, _, broken = name.partition(":")
@@ -131,4 +127,4 @@ if __name__ == "__main__":
             "gradient_norm": tiny.history(trainer, "grad_norm"),
             "kept_here": trainer.kept_here,
         }
-    write_result(trainer.accelerator, logs=logs)
+    return trainer.accelerator, logs

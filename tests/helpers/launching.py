@@ -186,6 +186,13 @@ def _allow_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = prepare_with_fsdp
 
 
+def part_folder(name: str) -> Path:
+    """Folder of a part of a launch; made if missing."""
+    folder = Path(os.environ[FOLDER_VARIABLE]) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def write_result(accelerator, **values) -> None:
     """Last thing in a worker: this rank's numbers (JSON), what it was launched as (`launch` compares), and exit."""
     plugin = accelerator.state.deepspeed_plugin

@@ -5,6 +5,7 @@ Rollouts are *forced* where a test needs to know them: `force_rollouts` replaces
 plain TRL and Entrocraft see the same tokens and the same rewards.
 """
 
+import functools
 import random
 
 import numpy as np
@@ -64,6 +65,7 @@ def build_model(seed: int = 0, family: str = "qwen3", **config):
         return model_class(config_class(**settings))
 
 
+@functools.cache  # nothing changes a data set
 def build_dataset(rows: int = 16) -> Dataset:
     """Prompts of different lengths, hence left padding in every batch."""
     return Dataset.from_dict({"prompt": ["1+2=?" + "ab"[index % 2] * (index % 5) for index in range(rows)]})

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
+import pytest
 import tiny
 from huggingface_hub import ModelCard
 from peft import LoraConfig
@@ -88,6 +89,7 @@ def test_card_of_a_run():
     assert "huggingface.co/papers/2604.26326" in text and "li2026entrocraft" in text
 
 
+@pytest.mark.figure
 def test_figure_lies_beside_the_card():
     train()
     (link,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", card_of())
@@ -171,6 +173,7 @@ text
     drop_paths(tmp_path / "elsewhere" / "README.md")  # a model that is no adapter has no card of its own
 
 
+@pytest.mark.figure
 def test_card_before_the_first_reading():
     trainer = tiny.build_trainer(args=tiny.build_config(**BAND))
     trainer.create_model_card()
@@ -189,6 +192,7 @@ def test_band_in_nats_and_band_of_a_function():
     assert "schedule: given by a function" in text and "measured first" not in text
 
 
+@pytest.mark.figure
 def test_a_broken_figure_is_left_out_with_a_warning(caplog, monkeypatch):
     from entrocraft_trl.reports import plots
 
@@ -223,6 +227,7 @@ def test_only_the_main_process_writes(monkeypatch):
     assert [(path.name, path.read_text()) for path in Path("run").iterdir()] == [("README.md", "of the main process")]
 
 
+@pytest.mark.figure
 def test_figure_is_not_replaced_under_an_upload(monkeypatch):
     trainer = train()
     before = (Path("run") / "entropy.png").read_bytes()
@@ -260,6 +265,7 @@ def test_result_table_of_a_hand_made_log():
     assert rows["last mean reward"] == ["0.400"] and rows["optimizer steps"] == ["40 of 100"]
 
 
+@pytest.mark.figure
 def test_a_method_without_words_of_its_own_keeps_trls_and_gets_its_results():
     trainer = train_without_control()
     card = ModelCard.load("run/README.md")
@@ -283,6 +289,7 @@ def test_a_method_speaks_for_itself():
     assert text.index("## My method\n\nEvery other rollout went.\n\n## Results\n") < text.index(BEFORE)
 
 
+@pytest.mark.figure
 def test_a_log_without_entropy_gives_no_figure_and_one_without_numbers_no_table():
     train_without_control(keep_key=lambda key: key in ("step", "reward"))
     text = card_text()
