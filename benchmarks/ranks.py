@@ -22,12 +22,7 @@ ARMS = {
     "grpo": None,
     "advantage_sign, inside its band": {"rejection_rule": "advantage_sign", **INSIDE},
     "advantage_sign, rejecting": {"rejection_rule": "advantage_sign", **ABOVE},
-    "entropy_change, N estimated, rejecting": {
-        "rejection_rule": "entropy_change",
-        "entropy_change_baseline": "batch_mean",
-        **ABOVE,
-    },
-    "entropy_change, N exact, rejecting": {"rejection_rule": "entropy_change", **ABOVE},
+    "entropy_change, rejecting": {"rejection_rule": "entropy_change", **ABOVE},
 }
 
 

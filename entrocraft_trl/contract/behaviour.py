@@ -16,6 +16,8 @@ ATTRIBUTES = {
     "num_iterations": "it tells where a generation batch ends",
     "num_generations_eval": "mean@n has this n",
     "router_aux_loss_coef": "the router's loss is not weighed with the rollouts",
+    "use_vllm": "an engine's rollouts are not recorded",
+    "use_transformers_continuous_batching": "nor are those of continuous batching",
     "log_completions": "the table gets a column of what was kept",
     "_metrics": "entrocraft/... is logged through it",
     "_logs": "the table of completions",

@@ -37,9 +37,6 @@ class EntropyControlConfig(CredentialsMixin):
             `"advantage_sign"`: Algorithm 1 of the paper. `"entropy_change"`: test the predicted entropy change of each
             rollout instead of the sign of its advantage, and reject as much of what goes the wrong way as the
             position of the entropy in its band calls for.
-        entropy_change_baseline (`str`, defaults to `"exact"`):
-            For `"entropy_change"`: the expected term N per token, `"exact"` at the price of one more projection of the
-            hidden states onto the vocabulary, or `"batch_mean"`, estimated from log-probs and entropies alone.
         rejected_rollouts (`str`, defaults to `"drop"`):
             `"drop"`: rejected rollouts leave the loss, its denominator and its KL term (as in Eq. 5, whose denominator
             is each question's; here it is the generation batch's). `"zero_advantage"`: they stay with advantage 0
@@ -59,8 +56,10 @@ class EntropyControlConfig(CredentialsMixin):
         entropy_aggregation (`str`, defaults to `"token"`):
             `"token"`: mean over all loss tokens of the batch; `"sequence"`: mean of the rollouts' means.
         entropy_source (`str`, defaults to `"policy"`):
-            `"policy"`: exact, from the learner; `"sampling"`: Monte-Carlo mean of -log p from the rollout engine's
-            log-probs (vLLM or a `rollout_func`), without a pass of the learner.
+            `"policy"`: exact, from the learner, and from the cheapest of its computations: recorded while it samples;
+            or, where an engine samples or dropout is active, from TRL's pass for the old policy's log-probs, or from
+            one pass of its own. `"sampling"`: Monte-Carlo mean of -log p from the rollout engine's log-probs (vLLM or
+            a `rollout_func`), without a pass of the learner.
     """
 
     entropy_low: list[float] = field(
@@ -100,14 +99,6 @@ class EntropyControlConfig(CredentialsMixin):
             "help": "'advantage_sign' (Algorithm 1 of the paper) or 'entropy_change' (reject rollouts whose predicted "
             "entropy change points the wrong way).",
             "choices": tuple(rejection.RULES),
-        },
-    )
-    entropy_change_baseline: str = field(
-        default="exact",
-        metadata={
-            "help": "For rejection_rule='entropy_change': expected term N per token, 'exact' (one more projection "
-            "onto the vocabulary) or 'batch_mean' (estimated for free).",
-            "choices": ("exact", "batch_mean"),
         },
     )
     rejected_rollouts: str = field(
@@ -150,8 +141,8 @@ class EntropyControlConfig(CredentialsMixin):
     entropy_source: str = field(
         default="policy",
         metadata={
-            "help": "'policy': exact entropy from the learner; 'sampling': Monte-Carlo mean of -log p from the "
-            "rollout engine's log-probs.",
+            "help": "'policy': exact entropy from the learner, recorded while it samples where that can be; "
+            "'sampling': Monte-Carlo mean of -log p from the rollout engine's log-probs.",
             "choices": ("policy", "sampling"),
         },
     )

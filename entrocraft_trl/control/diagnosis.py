@@ -5,6 +5,8 @@ Logged as `entrocraft/...`, once per generation batch (`empty_steps`: per optimi
 over `logging_steps`:
 
 - `entropy`, `entropy_low`, `entropy_high`: measured before anything is rejected, and the band (nats)
+- `recorded`, `own_pass`: whether the policy was read while it sampled, or in a pass of its own; neither: from TRL's
+  pass for the old policy, or from the engine's log-probs
 - `direction`: -1 too low, 0 inside, +1 too high; `distance_outside_band` (nats)
 - `accepted_rollouts`, `accepted_tokens`: shares; `effective_batch_size`: accepted rollouts
 - `rejected_positive`, `rejected_negative`: rejected rollouts by sign of the advantage

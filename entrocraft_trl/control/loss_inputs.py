@@ -91,12 +91,6 @@ def loss_normaliser(trainer_class: type, args: GRPOConfig | RLOOConfig) -> str:
     return LOSS_TYPES[loss_type]
 
 
-def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
-    """Mask `(B, T)` of the tokens that TRL's loss reads: the completion mask, without tool and environment tokens."""
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
-
-
 def token_weights(mask: torch.Tensor, normaliser: str) -> torch.Tensor:
     """
     What each token of a rollout weighs in the loss, up to a factor of the whole batch, `(B,)`: 1, or 1 / |o| where the

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from .. import metric_names
 from ..constructor import call_of_trls_constructor
 from ..policy.batch_entropy import BatchTotals, check_readable, policy_totals, sampling_totals
-from ..policy.mixin import PolicyReadingMixin
-from ..policy.tokens import TokenReading, sampled_entropy_term
+from ..policy.mixin import Heard, PolicyReadingMixin
+from ..policy.tokens import TokenReading, loss_mask, sampled_entropy_term
 from . import diagnosis, loss_inputs, rejection, schedule
 from .advantages import unit_rewards, without_rounding
 from .card import PAPER, card_section
@@ -105,7 +105,7 @@ class EntropyControlMixin(PolicyReadingMixin):
 
     @property
     def reads_expected_term(self) -> bool:
-        return self.args.rejection_rule == "entropy_change" and self.args.entropy_change_baseline == "exact"
+        return self.args.rejection_rule == "entropy_change"
 
     def band_at(self, progress: float) -> schedule.Band:
         """
@@ -131,7 +131,7 @@ class EntropyControlMixin(PolicyReadingMixin):
         if not training:
             self._log_kept_column(torch.ones(len(inputs), device=self.accelerator.device))
             return batch
-        mask = loss_inputs.loss_mask(batch)
+        mask = loss_mask(batch)
         tokens, totals = self._measure(batch, mask, heard)
         band = self._band_now(totals.entropy)
         batch, advantages = self._advantages(batch, band.direction(totals.entropy))
@@ -143,20 +143,22 @@ class EntropyControlMixin(PolicyReadingMixin):
         return batch
 
     def _measure(
-        self, batch: dict[str, Any], mask: torch.Tensor, heard: Sequence[TokenReading]
+        self, batch: dict[str, Any], mask: torch.Tensor, heard: Heard
     ) -> tuple[TokenReading | None, BatchTotals]:
         """This rank's numbers of each token, where they are the policy's own, and the sums over all ranks."""
         source, aggregation = self.args.entropy_source, self.args.entropy_aggregation
         if source == "policy":
-            tokens = self.read_policy(batch, heard)
+            tokens, read_from = self.read_policy(batch, mask, heard)
             sums = policy_totals(tokens, mask, aggregation)
         else:
             if "sampling_per_token_logps" not in batch:
                 raise ValueError("entropy_source='sampling', but the rollout engine returned no 'logprobs'.")
-            tokens = None
+            tokens, read_from = None, "engine"
             sums = sampling_totals(batch["sampling_per_token_logps"], mask, aggregation)
         totals = BatchTotals(*self.accelerator.reduce(sums, reduction="sum").tolist())
         check_readable(totals, source, self.state.global_step)
+        if totals.tokens:
+            self._log_metrics({"recorded": read_from == "record", "own_pass": read_from == "own_pass"})
         return tokens, totals
 
     def _band_now(self, entropy: float) -> schedule.Band:
@@ -230,10 +232,9 @@ class EntropyControlMixin(PolicyReadingMixin):
         allowed = {"least_change": least, "most_change": most}
         if (least, most) == (-1.0, 1.0):
             return all_of_them, allowed
-        expected = totals.mean_sampled_term if tokens.expected is None else tokens.expected
         weights = loss_inputs.token_weights(mask, loss_inputs.loss_normaliser(type(self), self.args))
         sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
-        scores = rejection.entropy_change_scores(advantages, sampled, expected, mask, weights)
+        scores = rejection.entropy_change_scores(advantages, sampled, tokens.expected, mask, weights)
         keep = rejection.accept_by_entropy_change(self.accelerator.gather(scores), least, most)
         first = self.accelerator.process_index * len(scores)
         return keep[first : first + len(scores)], allowed
@@ -252,8 +253,9 @@ class EntropyControlMixin(PolicyReadingMixin):
         if tokens is not None and getattr(self, "top_entropy_quantile", 1.0) == 1.0:
             sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
             ones = torch.ones_like(advantages)
-            # N is its batch mean here, which costs nothing.
-            margins = rejection.entropy_change_scores(ones, sampled, totals.mean_sampled_term, mask)
+            # A pass for the sign rule does not read N; the batch mean of S, of which N is the policy's, stands in.
+            expected = totals.mean_sampled_term if tokens.expected is None else tokens.expected
+            margins = rejection.entropy_change_scores(ones, sampled, expected, mask)
         counts = diagnosis.count_batch(keep, advantages, mask.sum(dim=1), margins)
         return diagnosis.Counts(*self.accelerator.reduce(counts, reduction="sum").tolist())
 
@@ -317,7 +319,7 @@ class EntropyControlMixin(PolicyReadingMixin):
     def _count_empty_step(self, inputs: dict[str, Any]) -> None:
         """Count, and log, the optimizer steps in which no rollout of any rank has an advantage and a loss token."""
         # Only here is it known which rollouts a step is made of: TRL shuffles, and one generation may serve several.
-        teaching = (inputs["advantages"] != 0) & loss_inputs.loss_mask(inputs).any(dim=1)
+        teaching = (inputs["advantages"] != 0) & loss_mask(inputs).any(dim=1)
         self._teaching_rollouts = self._teaching_rollouts + teaching.sum().float()
         if not self.accelerator.sync_gradients:
             return

@@ -1,4 +1,4 @@
-"""Passes without dropout."""
+"""Passes without dropout, and whether there is any."""
 
 from contextlib import contextmanager
 
@@ -22,3 +22,20 @@ def eval_mode(model: torch.nn.Module):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def active_dropout(model: torch.nn.Module) -> str | None:
+    """
+    Name and rate of a dropout that acts in the model's present mode, as in `"layers.0.self_attn.attention_dropout =
+    0.1"`; `None` if there is none.
+
+    Modules of dropout are looked at, and numbers called after it: attention takes its rate as an argument.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        is_dropout = "Dropout" in type(module).__name__
+        for key, value in vars(module).items():
+            if isinstance(value, float) and value > 0 and ("drop" in key or (is_dropout and key == "p")):
+                return f"{name}.{key} = {value}"
+    return None

@@ -1,15 +1,33 @@
 """Reading the policy inside a trainer of TRL's. Knows no method: what the numbers are for is the caller's matter."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from peft import PeftModel
 
+from .eval_mode import active_dropout
 from .hidden_states import expected_terms
 from .passes import find_policy_pass, run_policy_pass
+from .recorder import GenerationRecorder, Turn, reading_of_rollouts
 from .tokens import TokenReading
+
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Heard:
+    """What the policy said while a trainer of TRL's prepared a batch of loss inputs."""
+
+    passes: list[TokenReading] = field(default_factory=list)  # TRL's own, over the finished rollouts
+    turns: list[Turn] = field(default_factory=list)  # recorded while they were sampled
+    # Why nothing could be recorded; "" if it was tried. It follows from settings and the model, as on every rank.
+    not_recorded: str = ""
 
 
 class PolicyReadingMixin:
@@ -17,49 +35,95 @@ class PolicyReadingMixin:
     For trainers that prepare loss inputs in `_generate_and_score_completions`, as TRL's GRPO and RLOO trainers do: put
     it before the trainer among the bases, and wrap the parent's preparation in `listening_to_policy`.
 
-    One method of the parent is listened to, `_get_per_token_logps_and_entropies`, and nothing changes for its caller.
+    Two methods of the parent are listened to, `_generate_single_turn` and `_get_per_token_logps_and_entropies`;
+    nothing changes for their callers.
     """
 
-    # Whether N is read along. It takes one more projection of the hidden states onto the vocabulary.
+    # Whether N is read along in passes too, where it takes one more projection of the hidden states onto the
+    # vocabulary. The record of the generation always has it.
     reads_expected_term = False
-    _heard: list[TokenReading] | None = None
+    _heard: Heard | None = None
+    _told_source: str | None = None
 
     @contextmanager
-    def listening_to_policy(self) -> Iterator[list[TokenReading]]:
-        """Inside, what TRL's own passes of the policy say is added to the list that this yields."""
-        self._heard = []
+    def listening_to_policy(self) -> Iterator[Heard]:
+        """Inside, what the policy says while it samples, and in TRL's own passes, is kept in what this yields."""
+        self._heard = Heard(not_recorded=self._why_not_recorded())
         try:
             yield self._heard
         finally:
             self._heard = None
 
-    def read_policy(self, batch: dict[str, Any], heard: Sequence[TokenReading]) -> TokenReading:
+    def read_policy(self, batch: dict[str, Any], mask: torch.Tensor, heard: Heard) -> tuple[TokenReading, str]:
         """
-        What the policy says of the tokens of `batch`: from TRL's old-policy pass if it ran one, else from a pass of
-        our own in eval mode, which draws no random number.
+        What the policy says of the tokens of `batch`, from the cheapest source that is exact, and which one that was:
+
+        - `"record"`: kept while the rollouts were sampled, if that holds every loss token of every rank;
+        - `"old_policy_pass"`: the pass that TRL ran for the log-probs of the old policy;
+        - `"own_pass"`: a pass in eval mode, which draws no random number.
 
         Args:
             batch (`dict`): Loss inputs as TRL returns them.
-            heard (`Sequence[TokenReading]`): From `listening_to_policy` around their preparation.
+            mask (`torch.Tensor` of shape `(B, T)`): 1 on loss tokens.
+            heard ([`Heard`]): From `listening_to_policy` around their preparation.
         """
-        found = find_policy_pass(heard, batch, batch["completion_mask"])
-        if found is not None:
-            return found
-        return run_policy_pass(self._read_pass, self.model, batch, self.args.per_device_train_batch_size)
+        why = heard.not_recorded
+        if not why:
+            recorded = reading_of_rollouts(heard.turns, batch, mask)
+            missing = torch.tensor(float(recorded is None), device=self.accelerator.device)
+            if self.accelerator.reduce(missing, reduction="sum").item() == 0:
+                self._tell_source(logging.INFO, "is recorded while the rollouts are sampled, at no cost")
+                return recorded, "record"
+            why = "what was seen of the generation is not what came out of it"
+        found = find_policy_pass(heard.passes, batch, batch["completion_mask"])
+        if found is not None and (found.expected is not None or not self.reads_expected_term):
+            self._tell_source(logging.INFO, "is read from TRL's pass for the old policy's log-probs")
+            return found, "old_policy_pass"
+        self._tell_source(logging.WARNING, f"is read in a pass of its own over each batch, which takes time: {why}")
+        reading = run_policy_pass(self._read_pass, self.model, batch, self.args.per_device_train_batch_size)
+        return reading, "own_pass"
+
+    def _tell_source(self, level: int, text: str) -> None:
+        """By the main process, in the first batch and whenever it changes."""
+        if text != self._told_source:
+            self._told_source = text
+            logger.log(level, f"The policy's entropy {text}.")
+
+    def _why_not_recorded(self) -> str:
+        if self.use_vllm or getattr(self, "rollout_func", None) is not None:
+            return "an engine samples them"
+        if self.use_transformers_continuous_batching:
+            return "continuous batching mixes them in its forward passes"
+        if dropout := active_dropout(self.model):
+            return f"they are sampled with dropout ({dropout}), by another model than that of a pass; set it to 0"
+        return ""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        generate = super()._generate_single_turn
+        if self._heard is None or self._heard.not_recorded or not self.model.training:
+            return generate(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        recorder = GenerationRecorder(self._causal_lm(), self.temperature)
+        with recorder.listening():
+            generated = generate(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        if images is None and not multimodal_fields:  # with images, equal tokens may stand for unequal prompts
+            ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO returns nothing else
+            self._heard.turns += recorder.turns(prompt_ids, ids)
+        return generated
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
         if self._heard is None or model is not self.model:
             return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
         # TRL asks for log-probs alone here, although its fused head returns the entropy with them.
-        reading, aux_loss = self._read_pass(model, *args, **kwargs)
-        self._heard.append(reading)
+        with_expected = self.reads_expected_term and bool(self._heard.not_recorded)
+        reading, aux_loss = self._read_pass(model, *args, with_expected=with_expected, **kwargs)
+        self._heard.passes.append(reading)
         return reading.logps, reading.entropies if compute_entropy else None, aux_loss
 
-    def _read_pass(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+    def _read_pass(self, model, input_ids, attention_mask, logits_to_keep, *args, with_expected=None, **kwargs):
         """One of TRL's passes, with all that a [`TokenReading`] holds, and its router loss."""
         arguments = (input_ids, attention_mask, logits_to_keep, *args)
         kwargs["compute_entropy"] = True
-        if not self.reads_expected_term:
+        if not (self.reads_expected_term if with_expected is None else with_expected):
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *arguments, **kwargs)
             return TokenReading(logps, entropies), aux_loss
         cast = getattr(self.args, "cast_lm_head_to_fp32", False)

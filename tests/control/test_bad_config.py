@@ -29,7 +29,6 @@ ALLOWED = {
     "entropy_unit": ["initial", "nats"],
     "entropy_schedule": ["linear", "cosine", "constant", "piecewise", "step"],
     "rejection_rule": ["advantage_sign", "entropy_change"],
-    "entropy_change_baseline": ["exact", "batch_mean"],
     "rejected_rollouts": ["drop", "zero_advantage"],
     "out_of_band_advantages": ["estimator", "reward"],
     "reward_coding": ["plus_minus_one", "zero_one"],

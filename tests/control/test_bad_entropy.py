@@ -85,7 +85,6 @@ def test_broken_logits_refuse_the_step(value, rows, from_step):
     [
         {"num_iterations": 2},  # the entropy is read from TRL's own old-policy pass
         {"rejection_rule": "entropy_change"},
-        {"rejection_rule": "entropy_change", "entropy_change_baseline": "batch_mean"},
         {"entropy_aggregation": "sequence"},
     ],
     ids=lambda settings: ",".join(map(str, settings.values())),

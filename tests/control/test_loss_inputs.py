@@ -8,6 +8,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from entrocraft_trl.control import loss_inputs
+from entrocraft_trl.policy.tokens import loss_mask
 
 
 def build_inputs(rows=4, **extra):
@@ -33,10 +34,10 @@ def drop(inputs, keep=KEEP, token_normaliser=5.0, row_normaliser_share=0.5):
 
 def test_loss_mask_counts_completion_and_tool_mask():
     inputs = build_inputs()
-    assert torch.equal(loss_inputs.loss_mask(inputs), inputs["completion_mask"])
+    assert torch.equal(loss_mask(inputs), inputs["completion_mask"])
     inputs["tool_mask"] = torch.tensor([[1, 0, 1]] * 4)
     expected = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 0, 0], [1, 0, 1]])
-    assert torch.equal(loss_inputs.loss_mask(inputs), expected)
+    assert torch.equal(loss_mask(inputs), expected)
 
 
 def test_zero_advantages_touches_the_advantages_alone():
@@ -66,8 +67,8 @@ def test_drop_makes_a_tool_mask_where_there_is_none():
     edited = drop(inputs)
     assert edited["tool_mask"].tolist() == [[0, 0, 0], [1, 1, 1]] * 2
     expected = [[0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 1, 1]]
-    assert loss_inputs.loss_mask(edited).tolist() == expected
-    assert loss_inputs.loss_mask(edited).dtype == inputs["completion_mask"].dtype
+    assert loss_mask(edited).tolist() == expected
+    assert loss_mask(edited).dtype == inputs["completion_mask"].dtype
 
 
 def test_drop_leaves_no_term_that_could_overflow():
@@ -145,7 +146,7 @@ def test_a_rejected_image_leaves_the_images_of_the_next_rollout_in_place():
         return output.logits[1]
 
     edited = drop(inputs, torch.tensor([False, True]), 7.0, 0.5)
-    assert loss_inputs.loss_mask(edited).tolist() == [[0] * 7, [1] * 7]
+    assert loss_mask(edited).tolist() == [[0] * 7, [1] * 7]
     torch.testing.assert_close(logits_of_the_kept(edited), logits_of_the_kept(inputs), rtol=0, atol=0)
 
 

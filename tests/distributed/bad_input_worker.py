@@ -31,11 +31,11 @@ def fail_alone(rewards):
 class BrokenOnRankOne(EntrocraftGRPOTrainer):
     """As if the model of rank 1 returned NaN for its second rollout."""
 
-    def read_policy(self, batch, heard):
-        result = super().read_policy(batch, heard)
+    def read_policy(self, *args):
+        tokens, source = super().read_policy(*args)
         if RANK == 1:
-            result.entropies[1, 0] = math.nan
-        return result
+            tokens.entropies[1, 0] = math.nan
+        return tokens, source
 
 
 def train(trainer_class=EntrocraftGRPOTrainer, reward=tiny.share_of_digits, steps=2):

@@ -78,7 +78,6 @@ CASES = {
     "nothing_accepted": {"out_of_band_advantages": "reward", "reward_coding": "zero_one", "plan": EMPTY},
     "equal_rewards": {"plan": EQUAL},
     "entropy_change": {**ENTROPY_CHANGE, "plan": GRADED},
-    "entropy_change_batch_mean": {**ENTROPY_CHANGE, "entropy_change_baseline": "batch_mean"},
     "lora": {"lora": True},
     "lora_zero_advantage": {"lora": True, "rejected_rollouts": "zero_advantage"},
     "lora_everything": {

@@ -73,12 +73,13 @@ RULES = {
     "advantage_sign_zero_advantage": {"rejected_rollouts": "zero_advantage"},
     "advantage_sign_reward": {"out_of_band_advantages": "reward", "reward_coding": "zero_one"},
     "entropy_change": {"rejection_rule": "entropy_change"},
-    "entropy_change_batch_mean": {"rejection_rule": "entropy_change", "entropy_change_baseline": "batch_mean"},
 }
 
 
-def train(trainer_class, config_class, case: str, **settings):
+def train(trainer_class, config_class, case: str, sampled: bool = False, **settings):
     arguments = {"entropy_band": cases.band_function(case)} if trainer_class is Entrocraft else {}
+    if not sampled:
+        arguments |= {"reward_funcs": cases.reward_function(case), "rollout_func": cases.rows_of_this_rank}
     args = tiny.build_config(
         config_class,
         output_dir=str(part_folder(__name__) / "run"),
@@ -91,8 +92,6 @@ def train(trainer_class, config_class, case: str, **settings):
     trainer = tiny.build_trainer(
         trainer_class,
         args=args,
-        reward_funcs=cases.reward_function(case),
-        rollout_func=cases.rows_of_this_rank,
         **arguments,
     )
     trainer.train()
@@ -110,4 +109,8 @@ def run(backend: str, reference: str):
             trainer = train(Entrocraft, EntrocraftGRPOConfig, case, entropy_unit="nats", **settings)
             steps[rule] = trainer.steps
             accepted[rule] = tiny.history(trainer, "entrocraft/accepted_rollouts")
-    return trainer.accelerator, {"steps": steps, "accepted": accepted}
+        sampled = {
+            "plain": train(Plain, GRPOConfig, "drop", sampled=True).steps,
+            "recorded": train(Entrocraft, EntrocraftGRPOConfig, "drop", sampled=True, entropy_unit="nats").steps,
+        }
+    return trainer.accelerator, {"steps": steps, "accepted": accepted, "sampled": sampled}

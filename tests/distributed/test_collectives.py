@@ -2,7 +2,8 @@
 What entropy control adds to the communication of a generation batch: three sums of a handful of scalars.
 
 One sum makes the entropy reading, one the counts of what was kept, and one, in each optimizer step, says whether any
-rollout teaches something. The entropy-change rule, which ranks the rollouts of all ranks by score, gathers one float
+rollout teaches something; where the policy can be read while it samples, one more says whether that worked on every
+rank. The entropy-change rule, which ranks the rollouts of all ranks by score, gathers one float
 per rollout besides.
 """
 
@@ -18,7 +19,6 @@ RULES = (
     "advantage_sign_zero_advantage",
     "advantage_sign_reward",
     "entropy_change",
-    "entropy_change_batch_mean",
 )
 HANDFUL = 24  # numbers in all sums together; they are 20 now
 ROWS_OF_A_RANK = cases.ROWS // cases.RANKS
@@ -55,6 +55,16 @@ def test_three_small_sums_are_added_whatever_was_accepted(ranks, rule):
     assert [len(sums_of(step)) for step in steps] == [3] * cases.STEPS
     assert len({tuple(sums_of(step)) for step in steps}) == 1  # their sizes do not depend on the batch
     assert sum(sums_of(steps[0])) <= HANDFUL
+
+
+def test_a_recorded_reading_adds_one_number_to_them(ranks):
+    for rank in ranks:
+        assert rank["sampled"] == ranks[0]["sampled"]
+        for step, plain in zip(rank["sampled"]["recorded"], rank["sampled"]["plain"], strict=True):
+            added = Counter(step) - Counter(plain)
+            assert not Counter(plain) - Counter(step)
+            assert set(added) == {call for call in added if call.startswith("all_reduce ")}
+            assert len(sums_of(added)) == 4 and sums_of(added)[0] == 1
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -78,7 +78,7 @@ def test_wings_are_at_most_two_levels_deep_and_say_what_belongs_there():
 
 # What each mixin may override of TRL's trainers, besides the constructor and attributes that name the method.
 MAY_OVERRIDE = {
-    PolicyReadingMixin: {"_get_per_token_logps_and_entropies"},
+    PolicyReadingMixin: {"_generate_single_turn", "_get_per_token_logps_and_entropies"},
     EntropyControlMixin: {"_generate_and_score_completions", "compute_loss"},
     Services: {
         *("_calculate_rewards", "evaluation_loop", "create_model_card", "_save"),  # checked, added to

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
 from entrocraft_trl.policy import passes
 from entrocraft_trl.policy.hidden_states import expected_terms
@@ -82,9 +82,10 @@ def test_a_pass_of_our_own_is_exact(batch_size, lora):
     args = tiny.build_config(temperature=0.7, rejection_rule="entropy_change", **tiny.WIDE_OPEN)
     trainer = tiny.build_trainer(args=args, peft_config=config)
     batch, heard = loss_batch(trainer)
-    assert heard == []  # TRL runs no pass here
+    assert heard.passes == []  # TRL runs no pass here
     trainer.args.per_device_train_batch_size = batch_size
-    found = trainer.read_policy(batch, heard)
+    found, source = trainer.read_policy(batch, batch["completion_mask"], heard)
+    assert source == "own_pass"  # forced rollouts are not sampled
     with torch.no_grad():
         logits = trainer.model.eval()(**whole_rows(batch)).logits
     assert_equal_readings(found, from_logits(logits, batch, 0.7), batch["completion_mask"].bool())
@@ -111,20 +112,23 @@ def test_trls_pass_says_all_of_one_model(dropout):
     causal_lm = trainer._causal_lm()
     causal_lm.base_model.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
     batch, heard = loss_batch(trainer)
-    assert len(heard) == len(states) == 1 and heard[0].logps is batch["old_per_token_logps"]
+    assert len(heard.passes) == len(states) == 1 and heard.passes[0].logps is batch["old_per_token_logps"]
     exact = from_logits(causal_lm.lm_head(states[0]), batch, 0.7)
-    assert_equal_readings(trainer.read_policy(batch, heard), exact, batch["completion_mask"].bool())
+    found, source = trainer.read_policy(batch, batch["completion_mask"], heard)
+    assert source == ("own_pass" if dropout == "none" else "old_policy_pass")
+    assert_equal_readings(found, exact, batch["completion_mask"].bool())
     with torch.no_grad():
         without = from_logits(trainer.model.eval()(**whole_rows(batch)).logits, batch, 0.7)
     mask = batch["completion_mask"].bool()
-    apart = (heard[0].entropies - without.entropies)[mask].abs().max()
+    apart = (heard.passes[0].entropies - without.entropies)[mask].abs().max()
     assert (apart > 0.05) == (dropout != "none"), "the case cannot tell the models apart"
 
 
 def test_n_is_not_computed_where_nobody_asks():
     trainer = tiny.build_trainer(args=tiny.build_config(num_iterations=2, **tiny.WIDE_OPEN))
     batch, heard = loss_batch(trainer)
-    assert trainer.read_policy(batch, heard).expected is None
+    found, source = trainer.read_policy(batch, batch["completion_mask"], heard)
+    assert source == "old_policy_pass" and found.expected is None
 
 
 def test_the_model_is_as_before_even_after_an_error():
@@ -138,9 +142,6 @@ def test_the_model_is_as_before_even_after_an_error():
 
 
 def test_multimodal_keys_are_all_parameters_of_trls_pass():
-
-    from trl import GRPOTrainer, RLOOTrainer
-
     for trainer in (GRPOTrainer, RLOOTrainer):
         parameters = inspect.signature(trainer._get_per_token_logps_and_entropies).parameters
         assert set(passes.MULTIMODAL_KEYS) <= set(parameters)
