@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart check test soak test-next test-floor lint bench-control clean
+.PHONY: quickstart check test soak test-next test-floor lint bench-control bench-throughput clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/entrocraft quickstart
@@ -48,6 +48,9 @@ lint: $(VENV)/.installed
 
 bench-control: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.control
+
+bench-throughput: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.throughput
 
 # torch first and pinned: left to the resolver, the newest build with gigabytes of CUDA libraries comes along.
 $(VENV)/.installed: setup.cfg constraints.txt
