@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.installed
 	$(BIN)/entrocraft quickstart
 
-# The inner loop: all that starts no other process, on two cores.
+# The inner loop: all that starts no other process, on two cores. Two and a half minutes of CPU time.
 check: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -m "not subprocess" --numprocesses 2 --dist worksteal
 
-# Then what starts processes, and last what starts two at a time.
+# Then what starts processes (three minutes of CPU time), and last what starts two at a time (six and a half).
 test: check
 	$(BIN)/python -m pytest -m subprocess --ignore tests/distributed --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest tests/distributed

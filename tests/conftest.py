@@ -16,6 +16,8 @@ import subprocess  # noqa: E402
 import pytest  # noqa: E402
 
 
+gc.disable()  # until all is imported: hardly anything of that is garbage, and each collection looks at all of it
+
 # Tests that start processes by their folder, and by the fixture that starts them; others carry the mark themselves.
 FOLDERS = {"distributed"}
 FIXTURES = {"holder", "hub", "nodes", "processes"}
@@ -42,21 +44,23 @@ def no_process_in_the_inner_loop(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_trainings():
-    from quick import quicken_trainings
+    from quick import count_parameters_once, draw_no_figure, quicken_trainings
 
     gc.freeze()  # what is imported stays, and no collection has to look at it
+    gc.enable()
     with pytest.MonkeyPatch.context() as patch:
         quicken_trainings(patch.setattr)
+        count_parameters_once(patch.setattr)
+        draw_no_figure(patch.setattr)  # from here on, since fixtures of modules save too
         yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
-def saves_without_figure(request, monkeypatch):
-    if request.node.get_closest_marker("figure") is None:
-        from quick import draw_no_figure
+def saves_with_figure(request, monkeypatch):
+    if request.node.get_closest_marker("figure") is not None:
+        from quick import draw_figures
 
-        draw_no_figure(monkeypatch.setattr)
+        draw_figures(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

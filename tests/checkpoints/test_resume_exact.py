@@ -40,6 +40,15 @@ def run(
     return trainer
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run("run", **TWO_STEPS_A_BLOCK)
+    return folder / "run"
+
+
 def log_of(trainer) -> list[dict]:
     """The log, without what a clock says."""
     ignored = CLOCK + OF_THE_CALL
@@ -202,9 +211,9 @@ def test_checkpoint_of_plain_trl():
         ),
     ],
 )
-def test_another_batch_geometry_is_named_and_starts_a_block(changed, named, caplog):
-    run("whole", **TWO_STEPS_A_BLOCK)
-    shutil.copytree("whole/checkpoint-3", "bare/checkpoint-3", ignore=shutil.ignore_patterns(RANK_FILE))
+def test_another_batch_geometry_is_named_and_starts_a_block(finished_run, changed, named, caplog):
+    shutil.copytree(finished_run / "checkpoint-3", "whole/checkpoint-3")
+    shutil.copytree(finished_run / "checkpoint-3", "bare/checkpoint-3", ignore=shutil.ignore_patterns(RANK_FILE))
     settings = TWO_STEPS_A_BLOCK | changed
     with caplog.at_level(logging.WARNING, logger="entrocraft_trl.checkpoints.resume"):
         resumed = run("resumed", "whole/checkpoint-3", **settings)
@@ -212,8 +221,8 @@ def test_another_batch_geometry_is_named_and_starts_a_block(changed, named, capl
     assert_same_run(resumed, run("without", "bare/checkpoint-3", **settings))
 
 
-def test_another_world_size_is_named(caplog):
-    run("whole", **TWO_STEPS_A_BLOCK)
+def test_another_world_size_is_named(finished_run, caplog):
+    shutil.copytree(finished_run / "checkpoint-3", "whole/checkpoint-3")
     path = Path("whole/checkpoint-3", RANK_FILE)
     state = saved("whole/checkpoint-3")
     state["geometry"]["processes"] = 2
@@ -225,15 +234,6 @@ def test_another_world_size_is_named(caplog):
 
 
 # ------------------------------------------------------------------------------------------- broken and foreign files
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        run("run", **TWO_STEPS_A_BLOCK)
-    return folder / "run"
 
 
 @pytest.mark.parametrize(
