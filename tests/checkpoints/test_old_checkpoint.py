@@ -9,6 +9,9 @@ import tiny
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "run_of_0.1.0"
 RUN = json.loads((SAMPLE / "run.json").read_text())
+# 0.1.0 put the batch mean of S in the place of N here, which is exact now wherever the run reads it. No decision
+# depends on these three.
+MEASURED_OTHERWISE = {f"entrocraft/{name}" for name in ("rules_agree", "margin_positive", "margin_negative")}
 
 
 def build(output_dir):
@@ -30,7 +33,8 @@ def build(output_dir):
 def assert_recorded_log(trainer) -> None:
     logged = [line for line in trainer.state.log_history if "loss" in line]
     assert [line["step"] for line in logged] == [2, 4, 6]
-    for line, recorded in zip(logged, RUN["log"], strict=True):
+    for line, whole in zip(logged, RUN["log"], strict=True):
+        recorded = {key: value for key, value in whole.items() if key not in MEASURED_OTHERWISE}
         # Equal to the bit with the same torch on the same processor; others add in another order. Relative noise of
         # 1e-7 (float32's precision) in the weights moves these numbers by up to 2e-6 of themselves, and differences of
         # nearly equal ones by 1e-8. Without optimizer.pt, scheduler.pt, the rank's file or a number of the control
