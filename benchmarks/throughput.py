@@ -1,7 +1,7 @@
 """
 What reading the policy's entropy costs: time of a step, time of its update, and peak memory, against plain GRPO.
 
-    make bench-throughput               # about 25 minutes on one core
+    make bench-throughput               # about 40 minutes on one core
     python -m benchmarks.throughput --cases "0.5B, 256 to 1024 tokens"    # on a GPU
 
 Each arm is a process of its own, and arms take turns: whatever else the machine does meets them all. On a CPU time is
@@ -19,7 +19,7 @@ from benchmarks.runs import RESULTS
 from benchmarks.throughput_arm import ARMS, CASES
 
 
-REPEATS = 5
+REPEATS = 3
 
 
 def measure(case: str, arm: str) -> dict:
@@ -34,7 +34,7 @@ def rows_of(case: str, turns: list[dict[str, dict]]) -> list[dict]:
     """One row for each arm: medians over turns of the ratios to the plain arm of the same turn."""
     rows = []
     for arm, (_, against, _) in ARMS.items():
-        if arm == against:
+        if arm == against or arm not in turns[0]:
             continue
         ratios = {
             name: [turn[arm][name] / turn[against][name] for turn in turns] for name in ("step", "update", "memory")
@@ -114,7 +114,7 @@ def main() -> None:
         turns = []
         for turn in range(arguments.repeats):
             turns.append({})
-            for arm in ARMS:
+            for arm in CASES[case].arms or ARMS:
                 print(f"{case}, turn {turn + 1} of {arguments.repeats}: {arm}", flush=True)
                 turns[-1][arm] = measure(case, arm)
         rows = [row for row in rows if not row["case"].startswith(f"{case}: ")] + rows_of(case, turns)

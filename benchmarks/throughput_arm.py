@@ -25,6 +25,7 @@ class Case(NamedTuple):
     lengths: tuple[int, int]  # of completions, in tokens
     steps: int
     on_gpu: bool = False
+    arms: tuple[str, ...] = ()  # all, if none is named
 
 
 CASES = {
@@ -34,7 +35,19 @@ CASES = {
         lengths=(64, 256),
         steps=3,
     ),
-    "135M, 8 to 24 tokens": Case(None, rollouts=16, lengths=(8, 24), steps=2),
+    # Full fine-tuning takes half a minute a step: what differs most.
+    "135M, 8 to 24 tokens": Case(
+        None,
+        rollouts=16,
+        lengths=(8, 24),
+        steps=2,
+        arms=(
+            "plain GRPO",
+            "recorded, sign, in band",
+            "recorded, entropy change, rejecting",
+            "own pass, entropy change, rejecting",
+        ),
+    ),
     "0.5B, 256 to 1024 tokens": Case(
         {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 16},
         rollouts=16,
