@@ -77,6 +77,10 @@ VERBS = frozenset(
     takes talks teaches tells thinks throws tries turns uses waits wakes walks wants watches wears works writes
     """.split()
 )
+# Each opens a group of words: of the function words few can follow it, and no sentence ends with it.
+OPENING_WORDS = frozenset("a an the my your our their its every".split())
+AFTER_OPENING_WORDS = frozenset("all just many more most one only other some then too very".split())
+NEVER_LAST = OPENING_WORDS | frozenset("although and because but if into nor onto or than though while whose".split())
 LIST_WORDS = frozenset("and or the a an with of to in is was are were".split())
 META_WORDS = frozenset("word words sentence sentences noun nouns example phrase given".split())
 
@@ -97,6 +101,7 @@ def sentence_fault(text: str, words: Sequence[str]) -> str | None:
     - `"empty"`: no such word besides the given ones;
     - `"no verb"`: none of [`VERBS`], nor a word in -ed;
     - `"heap"`: less than a quarter or more than two thirds of the words are function words;
+    - `"order"`: an article or a possessive before a word that cannot follow it, or an end that cannot be one;
     - `"copy"`: [`COPIED_WORDS`] words in a row are those of the example.
     """
     text = text.strip()
@@ -121,6 +126,8 @@ def sentence_fault(text: str, words: Sequence[str]) -> str | None:
         return "no verb"
     if not len(said) / 4 <= len(said) - len(content) <= len(said) * 2 / 3:
         return "heap"
+    if _is_out_of_order(said):
+        return "order"
     if _runs(said) & _runs(re.findall(_WORD, EXAMPLE.lower())):
         return "copy"
     return None
@@ -130,6 +137,11 @@ def _repeats_itself(said: list[str]) -> bool:
     """Whether a word follows itself, or a pair of words comes twice."""
     pairs = Counter(pairwise(said))
     return max(pairs.values()) > 1 or any(left == right for left, right in pairs)
+
+
+def _is_out_of_order(said: list[str]) -> bool:
+    refused = FUNCTION_WORDS - AFTER_OPENING_WORDS
+    return said[-1] in NEVER_LAST or any(left in OPENING_WORDS and right in refused for left, right in pairwise(said))
 
 
 def _runs(said: list[str]) -> set[tuple[str, ...]]:

@@ -35,6 +35,7 @@ GIVEN = ("candle", "river")
         "My grandmother's candle burned while the well-fed children swam in the river!",
         "Candle light is what the old river gives back at night.",
         " A boat with a candle is on the quiet river.\n",
+        "The only candle is what my other boat needs when the river rises.",
     ],
 )
 def test_right_sentences(text):
@@ -82,6 +83,9 @@ def test_right_sentences(text):
         ("no verb", "A small white candle by the side of the river."),
         ("heap", "Bright candle burned old green house near quiet river."),
         ("heap", "Candle dog jumped ran river cake house stone."),
+        ("order", "The of lit candle by a with river."),
+        ("order", "Candle the lit boat a old by river my."),
+        ("order", "They burned every candle by the river and."),
         ("heap", "It was then that she had been with the candle that lit up all of their river."),
     ],
 )
