@@ -1,6 +1,8 @@
-"""Files that are there in one piece or not at all, whenever the process is killed."""
+"""Files and folders that are there in one piece or not at all, whenever the process is killed."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -26,3 +28,27 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)  # after an error, which a full disk may be
+
+
+def make_folder_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """
+    Unless it is there, call `fill` on an empty folder and give it the name `folder` when that is done.
+
+    Of two processes that make one folder, the first one's stays. A process that is killed leaves its half-made one
+    under a name that begins with a dot.
+    """
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the final place, since a rename is atomic only within one file system.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        fill(scratch)
+        try:
+            os.replace(scratch, folder)
+        except OSError:
+            # Another process finished first: its folder is complete.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -81,3 +81,14 @@ def reference_folder(tmp_path_factory):
     tiny.build_model(seed=99).save_pretrained(folder)
     tiny.build_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def the_real_model():
+    """Folder of the real language model; without it the test is skipped."""
+    from entrocraft_trl.tasks.real_model import real_model_path
+
+    try:
+        return real_model_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))

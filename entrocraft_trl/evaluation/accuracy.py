@@ -1,7 +1,8 @@
-"""Figures of repeated sampling: mean@n, pass@k and distinct right answers, from what was right."""
+"""Figures of repeated sampling: mean@n, pass@k, distinct right answers and how alike they are, from what was right."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 
@@ -75,6 +76,24 @@ def summarise(
         ]
         summary["distinct_correct"] = sum(distinct) / len(distinct)
     return summary
+
+
+def self_similarity(answers: Sequence[str], n: int = 4) -> float:
+    """
+    Share of repeated n-grams: one minus distinct-n (Li et al., 2016, https://huggingface.co/papers/1510.03055).
+
+    Args:
+        answers (`Sequence[str]`): Answers, `(A,)`, of words between blanks, such as the right ones of all prompts. It
+            grows with their number: compare as many of each policy.
+        n (`int`, *optional*, defaults to `4`): Words in a row.
+
+    Returns:
+        `float`: the share of n-grams, over all answers, that stand there or in an answer before already. 0 where no
+        two are equal; NaN where no answer has `n` words.
+    """
+    texts = [answer.split() for answer in answers]
+    runs = [tuple(words[start : start + n]) for words in texts for start in range(len(words) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else math.nan
 
 
 def default_ks(n: int) -> list[int]:

@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import expressions
+from . import expressions, sentences
+from .real_model import real_model_path
 from .warmup import starting_policy
 
 
@@ -43,6 +44,30 @@ def expression_task(seed: int = 0, *, temperature: float = 1.0, progress: bool =
         canonical=expressions.canonical_answer,
         generation_config=GenerationConfig(
             do_sample=True, temperature=temperature, max_new_tokens=expressions.MAX_COMPLETION_LENGTH
+        ),
+    )
+
+
+def sentence_task(seed: int = 0, *, temperature: float = 1.0, test_size: int = len(sentences.TEST_WORDS) // 2) -> Task:
+    """
+    The task of a real language model, which `make real-model` fetches; another is `task._replace(policy=...)`.
+
+    Args:
+        seed (`int`, *optional*, defaults to `0`): Seed of the training prompts.
+        temperature (`float`, *optional*, defaults to `1.0`): That of evaluations.
+        test_size (`int`, *optional*): Prompts of an evaluation. Defaults to as many as hold each test word once.
+
+    Raises:
+        `FileNotFoundError`: if the model has not been made.
+    """
+    return Task(
+        policy=real_model_path(),
+        train=sentences.make_dataset("train", 4096, seed),
+        test=sentences.make_dataset("test", test_size, 0),
+        reward=sentences.sentence_reward,
+        canonical=sentences.canonical_sentence,
+        generation_config=GenerationConfig(
+            do_sample=True, temperature=temperature, max_new_tokens=sentences.MAX_COMPLETION_LENGTH
         ),
     )
 

@@ -8,13 +8,12 @@ import itertools
 import json
 import os
 import random
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from ..atomic import make_folder_once
 from .expressions import EOS_TOKEN, TRAIN_TARGETS, build_model, build_tokenizer
 
 
@@ -158,20 +157,10 @@ def starting_policy(
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     folder = root / f"expressions-{digest}"
-    if folder.is_dir():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    # Beside the final place, since a rename is atomic only within one file system.
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-    try:
+
+    def fill(scratch: Path) -> None:
         _train(settings, seed, progress).save_pretrained(scratch)
         build_tokenizer().save_pretrained(scratch)
-        try:
-            os.replace(scratch, folder)
-        except OSError:
-            # Another process finished first: its folder is complete and holds the same policy.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    make_folder_once(folder, fill)
     return folder
