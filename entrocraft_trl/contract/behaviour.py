@@ -170,6 +170,23 @@ def rejecting_mask(trainer: str, config: str) -> None:
         require(losses[0] == losses[1] != 0.0, f"the loss reads tool_mask now ({losses}); a rejection relies on 0")
 
 
+def recording(trainer: str, config: str) -> None:
+    """what the model's forward passes show of the tokens that generation returns"""
+    from ..policy.recorder import GenerationRecorder
+
+    built = build(trainer, config)
+    prompts = [[3, 4, 5], [6]] * 4  # of two lengths: padded
+    recorder = GenerationRecorder(built.model, built.temperature)
+    count = (8,) if trainer == "GRPOTrainer" else ()  # GRPO also takes the number of generations
+    with recorder.listening():
+        generated = built._generate_single_turn(prompts, None, {}, *count)
+    ids = generated[0] if trainer == "GRPOTrainer" else generated
+    require(
+        len(recorder.turns(prompts, ids)) == len(prompts),
+        "hooks see other tokens than come out: the policy would be read in a pass of its own, which takes time",
+    )
+
+
 def optional_inputs() -> None:
     """GRPOTrainer: loss inputs of an old-policy pass, an environment mask and a rollout engine"""
 
@@ -288,7 +305,7 @@ def hub_session() -> None:
     require(hasattr(get_session().timeout, "read"), f"its timeout is {get_session().timeout!r}, without `read`")
 
 
-OF_BOTH = (policy_pass, attributes, loss_inputs, rewards, table, nan_in_log, counters, rejecting_mask)
+OF_BOTH = (policy_pass, attributes, loss_inputs, rewards, table, nan_in_log, counters, rejecting_mask, recording)
 OTHERS = (
     optional_inputs,
     old_policy_pass,
