@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from .eval_mode import eval_mode
 from .tokens import TokenReading
@@ -38,13 +39,35 @@ def run_policy_pass(read: Callable[..., tuple[TokenReading, Any]], model, batch:
     Returns:
         `TokenReading`: Of the completions, `(B, T)`.
     """
+    with torch.no_grad(), eval_mode(model):
+        return pass_of_rows(read, model, batch, batch_size)
+
+
+def pass_of_rows(
+    read: Callable[..., tuple[TokenReading, Any]], model, batch: dict[str, Any], batch_size: int
+) -> TokenReading:
+    """As `run_policy_pass`, with the gradients and in the mode of the caller."""
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     multimodal = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
-    with torch.no_grad(), eval_mode(model):
-        width = batch["completion_ids"].size(1)
-        reading, _ = read(model, input_ids, attention_mask, width, batch_size=batch_size, **multimodal)
+    width = batch["completion_ids"].size(1)
+    reading, _ = read(model, input_ids, attention_mask, width, batch_size=batch_size, **multimodal)
     return reading
+
+
+def select_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """What a pass reads of some rows of `batch`, images included; what it does not read is left out."""
+    read = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", *MULTIMODAL_KEYS}
+    # Images lie end to end; TRL splits them by rollout before it shuffles or splits a batch, and so do we.
+    whole = split_pixel_values_by_grid({key: value for key, value in batch.items() if key in read})
+    rows = list(rows)
+    return unsplit_pixel_values_by_grid(
+        {
+            key: [value[row] for row in rows] if isinstance(value, list) else value[rows]
+            for key, value in whole.items()
+            if value is not None
+        }
+    )
 
 
 MULTIMODAL_KEYS = (
