@@ -74,6 +74,7 @@ RULES = {
     "advantage_sign_reward": {"out_of_band_advantages": "reward", "reward_coding": "zero_one"},
     "entropy_change": {"rejection_rule": "entropy_change"},
     "entropy_change_batch_mean": {"rejection_rule": "entropy_change", "entropy_change_baseline": "batch_mean"},
+    "influence": {"rejection_rule": "influence"},
 }
 
 
