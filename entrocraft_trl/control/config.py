@@ -4,6 +4,8 @@ import math
 import warnings
 from dataclasses import dataclass, field, fields
 
+from accelerate.utils import parse_flag_from_env
+
 from ..credentials import CredentialsMixin
 from . import checks, loss_inputs, rejection, schedule
 
@@ -36,7 +38,12 @@ class EntropyControlConfig(CredentialsMixin):
         rejection_rule (`str`, defaults to `"advantage_sign"`):
             `"advantage_sign"`: Algorithm 1 of the paper. `"entropy_change"`: test the predicted entropy change of each
             rollout instead of the sign of its advantage, and reject as much of what goes the wrong way as the
-            position of the entropy in its band calls for.
+            position of the entropy in its band calls for. `"influence"`: the same, by the change in all contexts, not
+            only the rollout's own, since all share the parameters. In steps where something may have to go, it costs a
+            backward pass over an eighth of the rollouts (at least 16) and a forward pass over all; under bf16, in
+            place of the latter, a forward and a backward pass of each rollout with an advantage. It needs memory for
+            two more copies of the trainable parameters meanwhile, and parameters that are whole on each rank: DDP,
+            ZeRO-1 or ZeRO-2.
         rejected_rollouts (`str`, defaults to `"drop"`):
             `"drop"`: rejected rollouts leave the loss, its denominator and its KL term (as in Eq. 5, whose denominator
             is each question's; here it is the generation batch's). `"zero_advantage"`: they stay with advantage 0
@@ -96,8 +103,9 @@ class EntropyControlConfig(CredentialsMixin):
     rejection_rule: str = field(
         default="advantage_sign",
         metadata={
-            "help": "'advantage_sign' (Algorithm 1 of the paper) or 'entropy_change' (reject rollouts whose predicted "
-            "entropy change points the wrong way).",
+            "help": "'advantage_sign' (Algorithm 1 of the paper), 'entropy_change' (reject rollouts whose predicted "
+            "entropy change points the wrong way) or 'influence' (the same by the change in all contexts, which share "
+            "the parameters: a backward pass over an eighth of the rollouts and more passes, where something may go).",
             "choices": tuple(rejection.RULES),
         },
     )
@@ -153,6 +161,7 @@ class EntropyControlConfig(CredentialsMixin):
         self._check_rejection_fields()
         self._check_conflicts()
         super().__post_init__()
+        self._check_gradients_can_be_taken()  # by then, precision and launcher are known
 
     def _check_choices(self):
         # argparse looks at them on the command line only, not in a YAML file or in Python.
@@ -215,17 +224,39 @@ class EntropyControlConfig(CredentialsMixin):
         self.min_accepted_share = checks.number("min_accepted_share", self.min_accepted_share)
         if not 0.0 <= self.min_accepted_share <= 1.0:
             raise ValueError(f"min_accepted_share must lie in 0..1, got {self.min_accepted_share}.")
-        if self.rejection_rule == "entropy_change" and getattr(self, "top_entropy_quantile", 1.0) < 1.0:
+        if self.rejection_rule == "advantage_sign":
+            return
+        if getattr(self, "top_entropy_quantile", 1.0) < 1.0:
             # TRL chooses the tokens anew in each micro-batch of the loss, after the rollouts were judged.
             raise ValueError(
-                f"rejection_rule='entropy_change' judges a rollout by all of its tokens, but "
+                f"rejection_rule={self.rejection_rule!r} judges a rollout by all of its tokens, but "
                 f"top_entropy_quantile={self.top_entropy_quantile} trains on a part of them; set "
                 "top_entropy_quantile=1.0, or use rejection_rule='advantage_sign'."
             )
-        if self.rejection_rule == "entropy_change" and self.entropy_source == "sampling":
+        if self.entropy_source == "sampling":
             raise ValueError(
-                "rejection_rule='entropy_change' needs each token's entropy, which entropy_source='sampling' does not "
-                "measure; use entropy_source='policy'."
+                f"rejection_rule={self.rejection_rule!r} needs each token's entropy, which entropy_source='sampling' "
+                "does not measure; use entropy_source='policy'."
+            )
+
+    def _check_gradients_can_be_taken(self):
+        if self.rejection_rule != "influence":
+            return
+        if self.fp16:
+            raise ValueError(
+                "rejection_rule='influence' takes gradients without the loss scaling that fp16=True needs; use "
+                "bf16=True, or rejection_rule='entropy_change'."
+            )
+        sharded = None
+        if self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            sharded = "FSDP"
+        elif self.deepspeed_plugin is not None and self.deepspeed_plugin.zero_stage == 3:
+            sharded = "ZeRO-3"
+        if sharded:
+            # Their gradients exist only in a backward pass of the engine's, which adds them to the training's own.
+            raise ValueError(
+                "rejection_rule='influence' takes gradients outside the training step, for which each rank needs the "
+                f"parameters whole, and {sharded} spreads them; use ZeRO-2 or DDP, or rejection_rule='entropy_change'."
             )
 
     def _check_conflicts(self):

@@ -15,7 +15,10 @@ over `logging_steps`:
 - `margin_positive`, `margin_negative`: mean sum of S - N by sign of the advantage (nats); the sign rule relies on both
   being positive
 - `realised_effect`: nats towards the band since the batch before, if that one was outside
-- `least_change`, `most_change`: entropy-change rule: the allowed range, in shares of what the batch can do
+- `least_change`, `most_change`: entropy-change rule and influence: the allowed range, in shares of what the batch can
+  do
+- `influence_agrees`: influence, where something might have to go: share of the rollouts with an advantage for which it
+  and the sign rule test the same sign
 - `unscored_tokens`: with `entropy_source="sampling"`: share of loss tokens without a log-prob of the engine
 
 What a batch does not have is left out: a margin where no rollout has that sign, margins and `rules_agree` where token
@@ -85,6 +88,11 @@ def count_batch(
     )
 
 
+def share_of_one_sign(scores: torch.Tensor, advantages: torch.Tensor) -> float:
+    """Share of the rollouts with an advantage, at least one of `(N,)`, whose score has the advantage's sign."""
+    return ((scores * advantages > 0).sum() / (advantages != 0).sum()).item()
+
+
 def rejection_metrics(counts: Counts) -> dict[str, float]:
     """Metrics of one step. NaN where a share has no members (TRL leaves NaN out of its averages)."""
     metrics = {
@@ -152,6 +160,8 @@ def failure_message(
                 "they move entropy. "
             )
         return message + "Set rejection_rule='entropy_change', which tests that movement itself."
+    if rule == "entropy_change":
+        message += "Set rejection_rule='influence', which also counts what a rollout does to all other contexts. "
     return (
         message + "Lower the learning rate, give the band a gentler slope, or raise the number of rollouts per step."
     )

@@ -86,7 +86,7 @@ class EntropyControlMixin(PolicyReadingMixin):
                 f"{type(self).__name__} needs args of type {self._config_class.__name__}, got "
                 f"{type(config).__name__}; it takes the same arguments and adds the entropy band."
             )
-        if config.rejected_rollouts == "drop" or config.rejection_rule == "entropy_change":
+        if config.rejected_rollouts == "drop" or config.rejection_rule != "advantage_sign":
             loss_inputs.loss_normaliser(type(self), config)
 
     @staticmethod
@@ -135,7 +135,7 @@ class EntropyControlMixin(PolicyReadingMixin):
         tokens, totals = self._measure(batch, mask, heard)
         band = self._band_now(totals.entropy)
         batch, advantages = self._advantages(batch, band.direction(totals.entropy))
-        keep, allowed = self._judge(advantages, mask, tokens, totals, band)
+        keep, allowed = self._judge(batch, advantages, mask, tokens, totals, band)
         counts = self._count(keep, advantages, mask, tokens, totals)
         batch = self._take_out(batch, keep, counts)
         self._log_kept_column(keep, batch["advantages"])
@@ -214,6 +214,7 @@ class EntropyControlMixin(PolicyReadingMixin):
 
     def _judge(
         self,
+        batch: dict[str, Any],
         advantages: torch.Tensor,
         mask: torch.Tensor,
         tokens: TokenReading | None,
@@ -233,11 +234,40 @@ class EntropyControlMixin(PolicyReadingMixin):
         if (least, most) == (-1.0, 1.0):
             return all_of_them, allowed
         weights = loss_inputs.token_weights(mask, loss_inputs.loss_normaliser(type(self), self.args))
-        sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
-        scores = rejection.entropy_change_scores(advantages, sampled, tokens.expected, mask, weights)
-        keep = rejection.accept_by_entropy_change(self.accelerator.gather(scores), least, most)
-        first = self.accelerator.process_index * len(scores)
-        return keep[first : first + len(scores)], allowed
+        if self.args.rejection_rule == "influence":
+            of_all_ranks = self.accelerator.gather(advantages)
+            if not of_all_ranks.any():
+                return all_of_them, allowed
+            scores = self.accelerator.gather(self._influence_scores(batch, advantages, mask, weights, tokens, totals))
+            allowed["influence_agrees"] = diagnosis.share_of_one_sign(scores, of_all_ranks)
+        else:
+            sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
+            scores = rejection.entropy_change_scores(advantages, sampled, tokens.expected, mask, weights)
+            scores = self.accelerator.gather(scores)
+        keep = rejection.accept_by_entropy_change(scores, least, most)
+        first = self.accelerator.process_index * len(advantages)
+        return keep[first : first + len(advantages)], allowed
+
+    def _influence_scores(
+        self,
+        batch: dict[str, Any],
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+        weights: torch.Tensor,
+        tokens: TokenReading,
+        totals: BatchTotals,
+    ) -> torch.Tensor:
+        # TRL's own pass ran with whatever dropout there is, which would drown the difference to one without.
+        by_trl = any(batch.get(key) is not None for key in ("old_per_token_logps", "old_logps"))
+        derivatives = self.log_prob_derivatives(
+            batch,
+            mask,
+            advantages != 0,
+            entropy=totals.entropy,
+            aggregation=self.args.entropy_aggregation,
+            logps=None if by_trl else tokens.logps,
+        )
+        return rejection.influence_scores(advantages, derivatives, weights)
 
     def _count(
         self,

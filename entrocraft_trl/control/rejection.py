@@ -13,6 +13,8 @@ RULES = {
     "those with a negative advantage while it was above (Algorithm 1 of the paper)",
     "entropy_change": "rollouts whose predicted entropy change pointed the wrong way were rejected, as many as the "
     "position of the entropy in its band called for",
+    "influence": "rollouts that would have moved it the wrong way, through the parameters that all contexts share, "
+    "were rejected, as many as its position in its band called for",
 }
 
 
@@ -51,6 +53,24 @@ def entropy_change_scores(
         `torch.Tensor` of shape `(B,)`, in nats per unit of step size.
     """
     return weights * advantages * torch.where(mask.bool(), sampled - expected, 0.0).sum(dim=1)
+
+
+def influence_scores(
+    advantages: torch.Tensor, derivatives: torch.Tensor, weights: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """
+    `c_i = -w_i A_i D_i`, which takes the place of `entropy_change_scores`: rollout i changes entropy by about
+    `-eta |G| c_i`, in its own contexts and in all others.
+
+    Args:
+        advantages (`torch.Tensor` of shape `(B,)`).
+        derivatives (`torch.Tensor` of shape `(B,)`): D_i, of each rollout's log-prob along the entropy's gradient G.
+        weights (`torch.Tensor` of shape `(B,)`, *optional*): What a token of the rollout weighs in the loss.
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`, up to a factor of the whole batch, which no decision depends on.
+    """
+    return -weights * advantages * derivatives
 
 
 # Edges push from one cushion (nats) inside the band on, so that in a band 0.1 nats wide both always do. The gains are
@@ -113,7 +133,8 @@ def integrate_offset(
 
 def accept_by_entropy_change(scores: torch.Tensor, least: float, most: float) -> torch.Tensor:
     """
-    Entropy-change rule: accept so many rollouts that their predicted change lies between `least` and `most`.
+    Entropy-change rule and influence: accept so many rollouts that their predicted change lies between `least` and
+    `most`.
 
     If all rollouts together already do, all are accepted. Otherwise the most wrong-way ones go first, since fewest
     have to be rejected that way, until the rest meets the bound to within half a rollout. Among equal scores the

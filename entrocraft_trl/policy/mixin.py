@@ -1,6 +1,7 @@
 """Reading the policy inside a trainer of TRL's. Knows no method: what the numbers are for is the caller's matter."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from peft import PeftModel
 
+from . import influence
 from .eval_mode import active_dropout
 from .hidden_states import expected_terms
 from .passes import find_policy_pass, run_policy_pass
@@ -109,6 +111,60 @@ class PolicyReadingMixin:
             ids = generated[0] if isinstance(generated, tuple) else generated  # RLOO returns nothing else
             self._heard.turns += recorder.turns(prompt_ids, ids)
         return generated
+
+    def log_prob_derivatives(
+        self,
+        batch: dict[str, Any],
+        mask: torch.Tensor,
+        rows: torch.Tensor,
+        *,
+        entropy: float,
+        aggregation: str,
+        logps: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        `D_i` of [`policy.influence`], `(B,)`: how the log-prob of each rollout of this rank moves along the gradient
+        of the entropy over all ranks' rollouts, in nats per unit of parameter norm. 0 where that gradient vanishes.
+
+        Args:
+            batch (`dict`): Loss inputs as TRL returns them.
+            mask (`torch.Tensor` of shape `(B, T)`): 1 on loss tokens.
+            rows (`torch.Tensor` of shape `(B,)`): Whose derivative is asked for; that of others may be 0.
+            entropy (`float`): Of the batch over all ranks, in nats.
+            aggregation (`str`): What it is the mean of, see `entropy_sums`.
+            logps (`torch.Tensor` of shape `(B, T)`, *optional*): Log-probs, if they were read without dropout.
+
+        Raises:
+            FloatingPointError: If the gradient is not finite, on all ranks alike.
+        """
+        ranks, size, count = self.accelerator.num_processes, self.args.per_device_train_batch_size, len(mask)
+        first = self.accelerator.process_index * count
+        chosen = influence.rows_for_gradient(first, count, ranks * count)
+        gradient, weight = influence.entropy_gradient(
+            self._read_pass, self.model, batch, mask, chosen, aggregation=aggregation, batch_size=size
+        )
+        # Tensor by tensor: a reduction of all at once would need room for the parameters twice more.
+        for index, part in enumerate(gradient):
+            gradient[index] = self.accelerator.reduce(part, reduction="sum")
+        weight = self.accelerator.reduce(torch.tensor(weight, device=mask.device), reduction="sum").item()
+        norm = influence.total_norm(gradient)
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient of the policy's entropy at step {self.state.global_step} is not finite (norm {norm}). "
+                "The step was refused; lower the learning rate or resume from an earlier checkpoint."
+            )
+        if norm == 0 or entropy <= 0:
+            return torch.zeros(count, device=mask.device)
+        for part in gradient:
+            part.div_(norm)
+        rounds = self.accelerator.mixed_precision != "no" or self.args.tf32
+        if rounds or not influence.resolves_small_steps(self.model):
+            asked = rows.nonzero().flatten().tolist()
+            return influence.derivatives_by_gradients(self._read_pass, self.model, batch, mask, asked, gradient)
+        step = influence.difference_step(entropy, norm / weight)
+        return influence.derivatives_by_difference(
+            self._read_pass, self.model, batch, mask, gradient, step=step, logps=logps, batch_size=size
+        )
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
         if self._heard is None or model is not self.model:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from .eval_mode import eval_mode
 from .tokens import TokenReading
@@ -43,33 +44,51 @@ def run_policy_pass(
     Returns:
         `TokenReading`: Of the completions, `(B, T)`; 0 behind their ends.
     """
-    prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"]
-    completion_ids, completion_mask = batch["completion_ids"], batch["completion_mask"]
-    multimodal = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
-
-    def read_rows(rows: torch.Tensor | slice, width: int) -> TokenReading:
-        ids = torch.cat([prompt_ids[rows], completion_ids[rows, :width]], dim=1)
-        attention_mask = torch.cat([prompt_mask[rows], completion_mask[rows, :width]], dim=1)
-        return read(model, ids, attention_mask, width, batch_size=batch_size, **multimodal)[0]
-
     with torch.no_grad(), eval_mode(model):
-        if multimodal:  # images are not laid out in rows
-            return read_rows(slice(None), completion_ids.size(1))
-        columns = torch.arange(1, completion_ids.size(1) + 1, device=completion_mask.device)
-        lengths = (completion_mask * columns).amax(dim=1)
+        if any(key in batch for key in MULTIMODAL_KEYS):  # some lie along the whole width
+            return pass_of_rows(read, model, batch, batch_size)
+        mask = batch["completion_mask"]
+        lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(dim=1)
         parts = []
         # As many chunks on every rank, whatever the lengths: sharded models gather their weights in each.
         for rows in lengths.argsort(stable=True).split(batch_size):
-            width = max(int(lengths[rows].max()), 1)
-            parts.append((rows, read_rows(rows, width)))
-    fields = [values for values in zip(*(reading for _, reading in parts), strict=True) if values[0] is not None]
+            chunk, width = select_rows(batch, rows.tolist()), max(int(lengths[rows].max()), 1)
+            chunk |= {key: chunk[key][:, :width] for key in ("completion_ids", "completion_mask")}
+            parts.append((rows, pass_of_rows(read, model, chunk, batch_size)))
     whole = []
-    for values in fields:
-        placed = values[0].new_zeros(completion_ids.shape)
-        for (rows, _), part in zip(parts, values, strict=True):
-            placed[rows, : part.size(1)] = part
-        whole.append(placed)
+    for values in zip(*(reading for _, reading in parts), strict=True):
+        if values[0] is not None:
+            whole.append(values[0].new_zeros(mask.shape))
+            for (rows, _), value in zip(parts, values, strict=True):
+                whole[-1][rows, : value.size(1)] = value
     return TokenReading(*whole)
+
+
+def pass_of_rows(
+    read: Callable[..., tuple[TokenReading, Any]], model, batch: dict[str, Any], batch_size: int
+) -> TokenReading:
+    """As `run_policy_pass`, with the gradients and in the mode of the caller."""
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    multimodal = {key: batch[key] for key in MULTIMODAL_KEYS if key in batch}
+    width = batch["completion_ids"].size(1)
+    reading, _ = read(model, input_ids, attention_mask, width, batch_size=batch_size, **multimodal)
+    return reading
+
+
+def select_rows(batch: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """What a pass reads of some rows of `batch`, images included; what it does not read is left out."""
+    read = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", *MULTIMODAL_KEYS}
+    # Images lie end to end; TRL splits them by rollout before it shuffles or splits a batch, and so do we.
+    whole = split_pixel_values_by_grid({key: value for key, value in batch.items() if key in read})
+    rows = list(rows)
+    return unsplit_pixel_values_by_grid(
+        {
+            key: [value[row] for row in rows] if isinstance(value, list) else value[rows]
+            for key, value in whole.items()
+            if value is not None
+        }
+    )
 
 
 MULTIMODAL_KEYS = (

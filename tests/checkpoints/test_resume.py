@@ -39,6 +39,7 @@ KEYS = ["entropy", "entropy_low", "entropy_high", "direction", "accepted_rollout
     [
         {},
         {"rejection_rule": "entropy_change"},
+        {"rejection_rule": "influence"},
         {"optim": "adamw_torch", "beta": 0.0, "rejected_rollouts": "zero_advantage"},
         {"entropy_schedule_steps": 5},
         {"entropy_schedule": "piecewise", "entropy_knots": ["0:0.9:0.95", "1:0.5:0.6"]},

@@ -68,6 +68,7 @@ def test_rounding_that_is_scaled_over_the_batch_is_rounding_only_if_no_group_has
 SETTINGS = {
     "sign rule": {},
     "entropy change": {"rejection_rule": "entropy_change"},
+    "influence": {"rejection_rule": "influence"},
     "not scaled": {"scale_rewards": "none"},
     "scaled over the batch": {"scale_rewards": "batch"},
     "by function": {"multi_objective_aggregation": "normalize_then_sum"},

@@ -29,7 +29,7 @@ CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 ALLOWED = {
     "entropy_unit": ["initial", "nats"],
     "entropy_schedule": ["linear", "cosine", "constant", "piecewise", "step"],
-    "rejection_rule": ["advantage_sign", "entropy_change"],
+    "rejection_rule": ["advantage_sign", "entropy_change", "influence"],
     "rejected_rollouts": ["drop", "zero_advantage"],
     "out_of_band_advantages": ["estimator", "reward"],
     "reward_coding": ["plus_minus_one", "zero_one"],
@@ -119,7 +119,7 @@ def wrong_fields(values: dict) -> list[str]:
     share = values["min_accepted_share"]
     if not is_number(share) or not 0 <= float(share) <= 1:
         wrong.append("min_accepted_share")
-    if values.get("rejection_rule") == "entropy_change" and values.get("entropy_source") == "sampling":
+    if values.get("rejection_rule") in ("entropy_change", "influence") and values.get("entropy_source") == "sampling":
         wrong += ["rejection_rule", "entropy_source"]
     return wrong
 
@@ -267,7 +267,7 @@ def test_yaml_command_line_and_python_agree(values):
 @st.composite
 def valid_configs(draw) -> dict:
     values = {name: draw(st.sampled_from(allowed)) for name, allowed in ALLOWED.items()}
-    if values["rejection_rule"] == "entropy_change":
+    if values["rejection_rule"] != "advantage_sign":
         values["entropy_source"] = "policy"
     edges = sorted(draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0, 1.1, 2.0, 60.0]), min_size=2, max_size=2)))
     start_and_end = [edges, sorted(draw(st.tuples(st.floats(0, 4), st.floats(0, 4))))]

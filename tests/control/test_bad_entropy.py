@@ -85,6 +85,7 @@ def test_broken_logits_refuse_the_step(value, rows, from_step):
     [
         {"num_iterations": 2},  # the entropy is read from TRL's own old-policy pass
         {"rejection_rule": "entropy_change"},
+        {"rejection_rule": "influence"},
         {"entropy_aggregation": "sequence"},
     ],
     ids=lambda settings: ",".join(map(str, settings.values())),
@@ -208,7 +209,7 @@ def test_a_batch_without_tokens_is_counted_out_not_refused():
     assert trainer.control_memory.initial_entropy is None
 
 
-@pytest.mark.parametrize("rule", ["advantage_sign", "entropy_change"])
+@pytest.mark.parametrize("rule", ["advantage_sign", "entropy_change", "influence"])
 @pytest.mark.parametrize("unit", ["initial", "nats"])
 def test_a_vocabulary_of_one(rule, unit):
     """The only distribution there is has no entropy: a relative band is [0, 0], and entropy never leaves it."""

@@ -11,7 +11,9 @@ from entrocraft_trl.control.config import EntropyControlConfig
 
 
 def test_every_rule_has_its_words():
-    for rule, rejected in itertools.product(("advantage_sign", "entropy_change"), ("drop", "zero_advantage")):
+    for rule, rejected in itertools.product(
+        ("advantage_sign", "entropy_change", "influence"), ("drop", "zero_advantage")
+    ):
         chosen = {"rejection_rule": rule, "rejected_rollouts": rejected}
         words = "\n".join(card.describe_control(tiny.build_config(**chosen)))
         assert f"`{rule}`" in words and f"`{rejected}`" in words

@@ -50,7 +50,7 @@ REFUSED = [
     ),
     ({"entropy_schedule_steps": 0}, ["entropy_schedule_steps", "at least 1", "0"]),
     ({"entropy_schedule_steps": -5}, ["entropy_schedule_steps", "-5"]),
-    ({"rejection_rule": "coin"}, ["rejection_rule", "'advantage_sign', 'entropy_change'", "'coin'"]),
+    ({"rejection_rule": "coin"}, ["rejection_rule", "'advantage_sign', 'entropy_change', 'influence'", "'coin'"]),
     ({"rejected_rollouts": "keep"}, ["rejected_rollouts", "'drop', 'zero_advantage'", "'keep'"]),
     ({"out_of_band_advantages": "raw"}, ["out_of_band_advantages", "'estimator', 'reward'", "'raw'"]),
     ({"reward_coding": "binary"}, ["reward_coding", "'plus_minus_one', 'zero_one'", "'binary'"]),

@@ -96,7 +96,9 @@ def test_a_rule_that_does_not_hold_is_reported_once_with_numbers_and_a_remedy():
 def test_the_remedy_fits_the_rule():
     (message,) = run_away(steps=60, drift=0.005, rule="entropy_change", direction=1)
     assert "above its band" in message and "learning rate" in message
-    assert "Set rejection_rule" not in message
+    assert "Set rejection_rule='influence'" in message
+    (message,) = run_away(steps=60, drift=0.005, rule="influence", direction=1)
+    assert "learning rate" in message and "Set rejection_rule" not in message
 
 
 @pytest.mark.parametrize(

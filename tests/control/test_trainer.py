@@ -93,9 +93,10 @@ def test_bit_for_bit_with_lora_dropout(settings):
     assert any(p.abs().max() > 0 for p in adapters), "the adapters did not learn"
 
 
-def test_bit_for_bit_with_the_graded_entropy_change_rule():
+@pytest.mark.parametrize("rule", ["entropy_change", "influence"])
+def test_bit_for_bit_with_a_graded_rule(rule):
     """The middle of a wide band allows every change, and not even the scores are computed."""
-    band = {**tiny.WIDE_OPEN, "rejection_rule": "entropy_change"}
+    band = {**tiny.WIDE_OPEN, "rejection_rule": rule}
     assert_bit_for_bit(*tiny.run_pair({"max_steps": 3}, band=band))
 
 
@@ -246,6 +247,7 @@ REJECTIONS = [
     {},
     {"rejected_rollouts": "zero_advantage"},
     {"rejection_rule": "entropy_change"},
+    {"rejection_rule": "influence"},
     {"entropy_aggregation": "sequence"},
 ]
 
@@ -373,6 +375,9 @@ def count_passes(trainer):
         ({"beta": 0.1, "num_iterations": 2}, 1, 1),
         ({"rejection_rule": "entropy_change"}, 0, 0),
         ({"rejection_rule": "entropy_change", "num_iterations": 2}, 1, 0),
+        ({"rejection_rule": "influence"}, 1, 0),  # a step along the entropy's gradient
+        # TRL's own may have dropout: the pass that the step is compared with is one without.
+        ({"rejection_rule": "influence", "num_iterations": 2}, 3, 0),
     ],
 )
 def test_number_of_passes_per_generation_batch(

@@ -12,6 +12,7 @@ import tiny
 STEPS = 6
 ROWS = 8  # rollouts of a generation batch, over all ranks
 BACKENDS = ("cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_fsdp2")
+SHARDED = ("cpu_zero3", "cpu_fsdp2")  # no rank has the parameters whole
 RANKS = 2  # in the launched runs; one process imitates their micro-batches
 
 TOO_LOW, INSIDE, TOO_HIGH = (50.0, 60.0), (0.0, 100.0), (0.0, 0.0)  # nats; an entropy is at most log(24) = 3.2
@@ -59,6 +60,7 @@ GRADED = [
 ]
 
 ENTROPY_CHANGE = {"rejection_rule": "entropy_change"}
+INFLUENCE = {"rejection_rule": "influence"}
 CASES = {
     # name: settings of the run, plus "plan" (default: UNEVEN) and "lora" (default: no)
     "drop": {},
@@ -88,10 +90,18 @@ CASES = {
         "max_grad_norm": 0.1,
     },
     "lora_entropy_change": {"lora": True, **ENTROPY_CHANGE, "plan": GRADED},
+    "influence": {**INFLUENCE, "plan": GRADED},
+    "influence_accumulation": {**INFLUENCE, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    "lora_influence": {"lora": True, **INFLUENCE, "plan": GRADED},
 }
 LOCAL_COUNTS = "drop:local_counts"  # `drop` on a trainer in which every rank counts only what it kept itself
 
 ROLLOUTS = tiny.random_rollouts(STEPS * ROWS, seed=5)
+
+
+def cases_of(backend: str | None) -> list[str]:
+    """All that the backend can train: what needs whole parameters is refused where they are sharded."""
+    return [case for case in CASES if backend not in SHARDED or CASES[case].get("rejection_rule") != "influence"]
 
 
 def plan_of(case: str) -> list[tuple[tuple[float, float], list[float]]]:

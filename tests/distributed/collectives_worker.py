@@ -73,6 +73,7 @@ RULES = {
     "advantage_sign_zero_advantage": {"rejected_rollouts": "zero_advantage"},
     "advantage_sign_reward": {"out_of_band_advantages": "reward", "reward_coding": "zero_one"},
     "entropy_change": {"rejection_rule": "entropy_change"},
+    "influence": {"rejection_rule": "influence"},
 }
 
 

@@ -3,14 +3,15 @@ What entropy control adds to the communication of a generation batch: three sums
 
 One sum makes the entropy reading, one the counts of what was kept, and one, in each optimizer step, says whether any
 rollout teaches something; where the policy can be read while it samples, one more says whether that worked on every
-rank. The entropy-change rule, which ranks the rollouts of all ranks by score, gathers one float
-per rollout besides.
+rank. The entropy-change rule, which ranks the rollouts of all ranks by score, gathers one float per rollout besides.
+Influence gathers two, and adds up a gradient: one sum a trainable parameter, of its size.
 """
 
 from collections import Counter
 
 import cases
 import pytest
+import tiny
 
 
 PART, BACKENDS, LIMIT = "collectives_worker", ["cpu_ddp"], 60
@@ -42,7 +43,7 @@ def sums_of(calls: Counter) -> list[int]:
     return sorted(int(call.split()[1]) for call in calls.elements() if call.startswith("all_reduce "))
 
 
-@pytest.mark.parametrize("rule", ["plain", *RULES])
+@pytest.mark.parametrize("rule", ["plain", *RULES, "influence"])
 def test_every_rank_makes_the_same_calls_in_the_same_order(ranks, rule):
     assert ranks[0]["steps"][rule] == ranks[1]["steps"][rule]
     assert len(ranks[0]["steps"][rule]) == cases.STEPS
@@ -79,3 +80,16 @@ def test_only_the_entropy_change_rule_gathers_a_float_per_rollout(ranks, rule):
         assert gathered == [one_gather, one_gather, one_gather, [], one_gather, one_gather]
     else:
         assert gathered == [[]] * cases.STEPS
+
+
+def test_influence_adds_up_one_gradient_where_something_may_go(ranks):
+    sizes = sorted(parameter.numel() for parameter in tiny.build_model().parameters())
+    small = sums_of(added_calls(ranks[0], "entropy_change")[0])
+    for number, step in enumerate(added_calls(ranks[0], "influence")):
+        gathers = [call for call in step.elements() if not call.startswith("all_reduce ")]
+        if number == 3:  # deep inside the band
+            assert (sums_of(step), gathers) == (small, [])
+        else:
+            # Besides the parameters, the count of what the gradient is the mean of.
+            assert sums_of(step) == sorted([*small, *sizes, 1])
+            assert gathers == [f"all_gather {ROWS_OF_A_RANK}"] * 2

@@ -7,11 +7,12 @@ Each backend trains all cases of `cases.py`.
 import numpy as np
 import pytest
 from cases import BACKENDS as RANKED
-from cases import CASES, LOCAL_COUNTS, plan_of
+from cases import CASES, LOCAL_COUNTS, SHARDED, cases_of, plan_of
 
 
 PART, LIMIT = "worker", 200
 BACKENDS = (None, *RANKED)
+TRAINED = [(backend, case) for backend in RANKED for case in cases_of(backend)]
 # Float32 sums in another order: 2e-6 was the largest difference seen. A wrong scale makes more than 1e-2.
 TOLERANCE = 2e-5
 
@@ -41,8 +42,7 @@ def largest_difference(one: dict[str, np.ndarray], other: dict[str, np.ndarray])
     return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", RANKED)
+@pytest.mark.parametrize(("backend", "case"), TRAINED)
 def test_parameters_are_those_of_one_process(runs, backend, case):
     (expected,) = runs.parameters(None, case)
     first, second = runs.parameters(backend, case)
@@ -50,8 +50,7 @@ def test_parameters_are_those_of_one_process(runs, backend, case):
     assert largest_difference(first, second) == 0.0  # ranks that drift apart end with return code 0
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", RANKED)
+@pytest.mark.parametrize(("backend", "case"), TRAINED)
 def test_every_rank_logs_the_run_of_one_process(runs, backend, case):
     (expected,) = runs.logs(None, case)
     first, second = runs.logs(backend, case)
@@ -88,7 +87,7 @@ def test_a_group_of_equal_rewards_is_accepted_on_every_rank_it_lies_on(runs):
         assert rank["accepted"] == [1.0, 1.0, 0.5, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("case", ["entropy_change", "lora_entropy_change"])
+@pytest.mark.parametrize("case", ["entropy_change", "lora_entropy_change", "influence", "lora_influence"])
 def test_scores_reject_unevenly_over_ranks(runs, case):
     first, second = runs.logs("cpu_ddp", case)
     assert sum(a != b for a, b in zip(first["kept_here"], second["kept_here"], strict=True)) >= 3
@@ -99,6 +98,16 @@ def test_ranks_that_count_only_their_own_rollouts_train_otherwise(runs):
     (expected,) = runs.parameters(None, "drop")
     broken, _ = runs.parameters("cpu_ddp", LOCAL_COUNTS)
     assert largest_difference(broken, expected) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rule_that_needs_whole_parameters_is_refused_where_they_are_sharded(runs, backend):
+    for refused in runs.logs(backend, "refused"):
+        if backend in SHARDED:
+            name = "ZeRO-3" if backend == "cpu_zero3" else "FSDP"
+            assert name in refused and "rejection_rule='entropy_change'" in refused
+        else:
+            assert refused is None
 
 
 def test_cases_move_the_parameters(runs):

@@ -110,10 +110,19 @@ def _whole(trainer, parameter):
     return deepspeed.zero.GatheredParameters([parameter])
 
 
+def refusal() -> str | None:
+    """What a config of the rule that needs whole parameters says here."""
+    try:
+        tiny.build_config(**cases.INFLUENCE)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def run(backend: str, reference: str):
-    names = [*cases.CASES, cases.LOCAL_COUNTS] if backend == "cpu_ddp" else [*cases.CASES]
+    names = cases.cases_of(backend) + ([cases.LOCAL_COUNTS] if backend == "cpu_ddp" else [])
     folder = part_folder(__name__)
-    logs = {}
+    logs = {"refused": refusal()}
     for name in names:
         case, _, broken = name.partition(":")
         trainer, parameters = train(case, reference, bool(broken))

@@ -50,6 +50,7 @@ def test_every_metric_is_explained():
     # Two steps outside the band, since `realised_effect` compares with the batch before.
     for settings, arguments in (
         ({"rejection_rule": "entropy_change", **tiny.TOO_LOW}, {}),
+        ({"rejection_rule": "influence", **tiny.TOO_LOW}, {}),
         ({"entropy_source": "sampling", **tiny.TOO_LOW}, {"rollout_func": engine}),
     ):
         trainer = tiny.build_trainer(args=tiny.build_config(max_steps=2, learning_rate=0.01, **settings), **arguments)
