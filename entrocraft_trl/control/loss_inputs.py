@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from ..policy.tokens import loss_mask as loss_mask
+
 
 # Values of `rejected_rollouts`, and what the model card says of them.
 REJECTED = {
@@ -89,12 +91,6 @@ def loss_normaliser(trainer_class: type, args: GRPOConfig | RLOOConfig) -> str:
             f"{', '.join(map(repr, LOSS_TYPES))}."
         )
     return LOSS_TYPES[loss_type]
-
-
-def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
-    """Mask `(B, T)` of the tokens that TRL's loss reads: the completion mask, without tool and environment tokens."""
-    mask = inputs["completion_mask"]
-    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def token_weights(mask: torch.Tensor, normaliser: str) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Numbers of sampled tokens. Pure functions on tensors."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,12 @@ class TokenReading(NamedTuple):
     logps: torch.Tensor
     entropies: torch.Tensor
     expected: torch.Tensor | None = None
+
+
+def loss_mask(inputs: dict[str, Any]) -> torch.Tensor:
+    """Mask `(B, T)` of the tokens that TRL's loss reads: the completion mask, without tool and environment tokens."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 def sampled_entropy_term(logps: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ HOME = Path(entrocraft_trl.__file__).parent
 
 # From the bottom up. A file may import what stands in a lower line, and its own wing; nothing else.
 LEVELS = [
-    {"atomic", "printable", "metric_names", "constructor", "credentials"},
+    {"atomic", "printable", "metric_names", "constructor", "credentials", "config_values"},
     {"policy", "data", "tasks"},
     {"checkpoints", "reports", "evaluation", "control", "microbatches"},
     {"config"},  # TRL's configs with the fields of control
