@@ -16,6 +16,7 @@ OVERRIDDEN = {
     "_generate_and_score_completions": "entropy control edits the loss inputs that it returns",
     "_get_per_token_logps_and_entropies": "the old policy's pass also reads the entropy",
     "_calculate_rewards": "rewards are checked, and kept for +1/-1 advantages and for mean@n",
+    "_compute_loss": "rival methods change what TRL's loss reads, or add a term to it",
     "compute_loss": "the loss is weighed by the rows that a rejection leaves",
     "train": "checkpoints are chosen, restored and saved on SIGTERM",
     "_run_epoch": "a run resumed at its last step takes no other",
@@ -73,11 +74,14 @@ def check_override(trainer: str, method: str, use: str) -> None:
 
     import entrocraft_trl
 
+    from ..methods import METHODS, trainer_of
+
     parent = getattr(trl, trainer)
     theirs = getattr(parent, method, None)
     require(theirs is not None, f"{trainer} has no {method} any more; {use}")
     found = list(inspect.signature(theirs).parameters)
-    for owner in getattr(entrocraft_trl, f"Entrocraft{trainer}").__mro__:
+    ours = [getattr(entrocraft_trl, f"Entrocraft{trainer}"), *map(trainer_of, METHODS)]
+    for owner in dict.fromkeys(owner for kind in ours if issubclass(kind, parent) for owner in kind.__mro__):
         if owner.__module__.split(".")[0] == "entrocraft_trl" and method in vars(owner):
             require(_takes(vars(owner)[method], found), f"it takes {found} now, {owner.__name__}'s does not; {use}")
     if not method.startswith("_"):
