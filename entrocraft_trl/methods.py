@@ -8,6 +8,7 @@ METHODS = {
     "entrocraft": ("trainer", "EntrocraftGRPOTrainer"),
     "grpo": ("baselines.base", "BaselineTrainer"),
     "clip_cov": ("baselines.clip_cov", "ClipCovTrainer"),
+    "kl_cov": ("baselines.kl_cov", "KLCovTrainer"),
 }
 
 
