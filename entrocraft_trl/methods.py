@@ -9,6 +9,9 @@ METHODS = {
     "grpo": ("baselines.base", "BaselineTrainer"),
     "clip_cov": ("baselines.clip_cov", "ClipCovTrainer"),
     "kl_cov": ("baselines.kl_cov", "KLCovTrainer"),
+    "psr": ("baselines.reinforce", "PSRTrainer"),
+    "nsr": ("baselines.reinforce", "NSRTrainer"),
+    "w_reinforce": ("baselines.reinforce", "WReinforceTrainer"),
 }
 
 

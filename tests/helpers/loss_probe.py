@@ -62,11 +62,13 @@ def assert_same_step(trainer, batch, expected: torch.Tensor, rtol: float = 1e-5)
         torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=2e-5 * size)
 
 
-def assert_trains_as_plain_grpo(trainer_class, settings, *, plain_settings=None, rewards=None) -> None:
+def assert_trains_as_plain_grpo(
+    trainer_class, settings, *, plain_class=GRPOTrainer, plain_settings=None, rewards=None
+) -> None:
     """Both train on the same rollouts from the same start to the same parameters, bit for bit."""
     trained = []
     rewards = REWARDS if rewards is None else rewards
-    for kind, chosen in ((trainer_class, settings), (GRPOTrainer, {**settings, **(plain_settings or {})})):
+    for kind, chosen in ((trainer_class, settings), (plain_class, {**settings, **(plain_settings or {})})):
         known = getattr(kind, "_config_class", tiny.GRPOConfig).__dataclass_fields__
         trainer = build(kind, rewards, **{name: value for name, value in chosen.items() if name in known})
         trainer.train()
