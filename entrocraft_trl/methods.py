@@ -12,6 +12,7 @@ METHODS = {
     "psr": ("baselines.reinforce", "PSRTrainer"),
     "nsr": ("baselines.reinforce", "NSRTrainer"),
     "w_reinforce": ("baselines.reinforce", "WReinforceTrainer"),
+    "raft_plus_plus": ("baselines.raft", "RAFTPlusPlusTrainer"),
 }
 
 
