@@ -13,6 +13,7 @@ METHODS = {
     "nsr": ("baselines.reinforce", "NSRTrainer"),
     "w_reinforce": ("baselines.reinforce", "WReinforceTrainer"),
     "raft_plus_plus": ("baselines.raft", "RAFTPlusPlusTrainer"),
+    "aent": ("baselines.aent", "AEntTrainer"),
 }
 
 

@@ -63,9 +63,9 @@ def assert_same_step(trainer, batch, expected: torch.Tensor, rtol: float = 1e-5)
 
 
 def assert_trains_as_plain_grpo(
-    trainer_class, settings, *, plain_class=GRPOTrainer, plain_settings=None, rewards=None
+    trainer_class, settings, *, plain_class=GRPOTrainer, plain_settings=None, rewards=None, exact=True
 ) -> None:
-    """Both train on the same rollouts from the same start to the same parameters, bit for bit."""
+    """Both train on the same rollouts from the same start to the same parameters: bit for bit, or up to rounding."""
     trained = []
     rewards = REWARDS if rewards is None else rewards
     for kind, chosen in ((trainer_class, settings), (plain_class, {**settings, **(plain_settings or {})})):
@@ -75,7 +75,11 @@ def assert_trains_as_plain_grpo(
         trained.append(trainer)
     start = tiny.parameters_of(tiny.build_model())
     assert any(not torch.equal(value, start[name]) for name, value in trained[1].model.named_parameters())
-    tiny.assert_same_parameters(trained[0].model, trained[1].model)
+    if exact:
+        tiny.assert_same_parameters(trained[0].model, trained[1].model)
+        return
+    for (name, value), other in zip(trained[0].model.named_parameters(), trained[1].model.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
 # Four optimizer steps, two a generation: the second is off-policy.
