@@ -14,6 +14,8 @@ METHODS = {
     "w_reinforce": ("baselines.reinforce", "WReinforceTrainer"),
     "raft_plus_plus": ("baselines.raft", "RAFTPlusPlusTrainer"),
     "aent": ("baselines.aent", "AEntTrainer"),
+    "entropic": ("baselines.entropic", "EntroPICTrainer"),
+    "entropic_sequence": ("baselines.entropic_sequence", "EntroPICSequenceTrainer"),
 }
 
 

@@ -2,9 +2,6 @@
 
 import textwrap
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from .base import BaselineTrainer
 from .signed_rewards import SignedRewardsConfig, SignedRewardsMixin
@@ -29,7 +26,8 @@ class RAFTPlusPlusTrainer(SignedRewardsMixin, BaselineTrainer):
     Variant: the official code's, where wrong rollouts count nothing. The paper states the rollouts of highest reward
     in their group, which would also train on groups that are all wrong. Not verified: the full text.
 
-    Two methods of TRL's are overridden, both by [`SignedRewardsMixin`].
+    Two methods of TRL's are overridden, `_generate_and_score_completions` and, to keep the rewards,
+    `_calculate_rewards`.
     """
 
     _tag_names = ["trl", "grpo", "raft-plus-plus"]
@@ -48,9 +46,11 @@ class RAFTPlusPlusTrainer(SignedRewardsMixin, BaselineTrainer):
             }"""),  # noqa: E501
     }
 
-    def advantages_of(self, signs: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """`(N,)`: 1 for a right rollout, else 0."""
-        return signs.clamp(min=0)
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return batch
+        return self.with_advantages(batch, self.signs_of_all_ranks().clamp(min=0))
 
     def card_section(self) -> list[str]:
         return ["## RAFT++", "", "The advantage of a right rollout was 1, that of any other 0."]

@@ -95,7 +95,8 @@ class WReinforceTrainer(SignedRewardsMixin, BaselineTrainer):
     Variant: the official code's, for a loss that is a mean over tokens (`loss_type="dapo"`); rewards have to be right
     or wrong. Not verified: whether the paper's tables divide as the official code does.
 
-    Two methods of TRL's are overridden, both by [`SignedRewardsMixin`].
+    Two methods of TRL's are overridden, `_generate_and_score_completions` and, to keep the rewards,
+    `_calculate_rewards`.
     """
 
     _tag_names = ["trl", "grpo", "w-reinforce"]
@@ -103,14 +104,17 @@ class WReinforceTrainer(SignedRewardsMixin, BaselineTrainer):
     _name = "W-REINFORCE"
     _paper = PAPER
 
-    def advantages_of(self, signs: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """`(N,)`: the weight of each rollout with its sign; 0 where there was no reward."""
-        return signs.clamp(min=0) * self.args.positive_weight + signs.clamp(max=0) * self.args.negative_weight
-
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        if not self.model.training or not self.args.drops:
+        if not self.model.training:
             return batch
+        signs = self.signs_of_all_ranks()
+        weighted = signs.clamp(min=0) * self.args.positive_weight + signs.clamp(max=0) * self.args.negative_weight
+        batch = self.with_advantages(batch, weighted)
+        return self._recounted(batch) if self.args.drops else batch
+
+    def _recounted(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Loss inputs whose loss divides by the tokens of the rollouts that have a weight."""
         kept = batch["advantages"] != 0
         counts = torch.stack([loss_mask(batch)[kept].sum(), kept.sum()])
         tokens, rollouts = self.accelerator.reduce(counts, reduction="sum")

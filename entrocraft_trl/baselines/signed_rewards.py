@@ -38,33 +38,24 @@ class SignedRewardsConfig(BaselineConfig):
 
 class SignedRewardsMixin:
     """
-    For GRPO trainers with a [`SignedRewardsConfig`]: put it before the trainer among the bases, and override
-    `advantages_of`. Rewards are kept as they are returned; in training they replace TRL's advantages.
+    For GRPO trainers with a [`SignedRewardsConfig`]: put it before the trainer among the bases. Keeps the rewards of
+    the last batch, and puts advantages in the place of TRL's.
     """
 
     _rewards: torch.Tensor | None = None
-
-    def advantages_of(self, signs: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """
-        Advantages `(N,)` of all ranks' rollouts.
-
-        Args:
-            signs (`torch.Tensor` of shape `(N,)`): +1, -1, or 0 where no reward function gave a reward.
-            batch (`dict`): This rank's loss inputs, for what is measured of them.
-        """
-        raise NotImplementedError
 
     def _calculate_rewards(self, *args, **kwargs):
         self._rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rewards
 
-    def _generate_and_score_completions(self, inputs):
-        batch = super()._generate_and_score_completions(inputs)
-        if not self.model.training:
-            return batch
+    def signs_of_all_ranks(self) -> torch.Tensor:
+        """+1, -1 or 0 for each rollout of the last batch, of all ranks, `(N,)`: see `signs_of`, also for errors."""
         weighted = (self._rewards * self.reward_weights.to(self._rewards)).nansum(dim=1)
         weighted[torch.isnan(self._rewards).all(dim=1)] = torch.nan
-        everyones = self.advantages_of(signs_of(weighted, self.args.reward_coding), batch)
+        return signs_of(weighted, self.args.reward_coding)
+
+    def with_advantages(self, batch: dict[str, Any], everyones: torch.Tensor) -> dict[str, Any]:
+        """This rank's loss inputs with its part of the advantages `(N,)` of all ranks, which the table shows too."""
         self._logs["advantages"].extend(everyones.tolist())  # as long as this batch: TRL's own fall out
         first = self.accelerator.process_index * len(batch["advantages"])
         own = everyones[first : first + len(batch["advantages"])]
