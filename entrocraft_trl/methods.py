@@ -1,30 +1,29 @@
-"""The methods by name, for the command line and for comparisons: a line each."""
+"""The methods by name, for the command line and for comparisons: trainer and config, a line each."""
 
-from importlib import import_module
+from trl import GRPOConfig, GRPOTrainer
+
+from .baselines.aent import AEntConfig, AEntTrainer
+from .baselines.base import BaselineConfig, BaselineTrainer
+from .baselines.clip_cov import ClipCovConfig, ClipCovTrainer
+from .baselines.entropic import EntroPICConfig, EntroPICTrainer
+from .baselines.entropic_sequence import EntroPICSequenceConfig, EntroPICSequenceTrainer
+from .baselines.kl_cov import KLCovConfig, KLCovTrainer
+from .baselines.raft import RAFTPlusPlusConfig, RAFTPlusPlusTrainer
+from .baselines.reinforce import NSRConfig, NSRTrainer, PSRConfig, PSRTrainer, WReinforceConfig, WReinforceTrainer
+from .config import EntrocraftGRPOConfig
+from .trainer import EntrocraftGRPOTrainer
 
 
-# Name -> module and trainer class in it, imported when it is asked for; its config is the class's `_config_class`.
-METHODS = {
-    "entrocraft": ("trainer", "EntrocraftGRPOTrainer"),
-    "grpo": ("baselines.base", "BaselineTrainer"),
-    "clip_cov": ("baselines.clip_cov", "ClipCovTrainer"),
-    "kl_cov": ("baselines.kl_cov", "KLCovTrainer"),
-    "psr": ("baselines.reinforce", "PSRTrainer"),
-    "nsr": ("baselines.reinforce", "NSRTrainer"),
-    "w_reinforce": ("baselines.reinforce", "WReinforceTrainer"),
-    "raft_plus_plus": ("baselines.raft", "RAFTPlusPlusTrainer"),
-    "aent": ("baselines.aent", "AEntTrainer"),
-    "entropic": ("baselines.entropic", "EntroPICTrainer"),
-    "entropic_sequence": ("baselines.entropic_sequence", "EntroPICSequenceTrainer"),
+METHODS: dict[str, tuple[type[GRPOTrainer], type[GRPOConfig]]] = {
+    "entrocraft": (EntrocraftGRPOTrainer, EntrocraftGRPOConfig),
+    "grpo": (BaselineTrainer, BaselineConfig),
+    "clip_cov": (ClipCovTrainer, ClipCovConfig),
+    "kl_cov": (KLCovTrainer, KLCovConfig),
+    "psr": (PSRTrainer, PSRConfig),
+    "nsr": (NSRTrainer, NSRConfig),
+    "w_reinforce": (WReinforceTrainer, WReinforceConfig),
+    "raft_plus_plus": (RAFTPlusPlusTrainer, RAFTPlusPlusConfig),
+    "aent": (AEntTrainer, AEntConfig),
+    "entropic": (EntroPICTrainer, EntroPICConfig),
+    "entropic_sequence": (EntroPICSequenceTrainer, EntroPICSequenceConfig),
 }
-
-
-def trainer_of(method: str) -> type:
-    """
-    Trainer class of a method; its `_config_class` is the config that it takes.
-
-    Raises:
-        KeyError: If `METHODS` has no such name.
-    """
-    module, name = METHODS[method]
-    return getattr(import_module(f".{module}", __package__), name)

@@ -74,13 +74,13 @@ def check_override(trainer: str, method: str, use: str) -> None:
 
     import entrocraft_trl
 
-    from ..methods import METHODS, trainer_of
+    from ..methods import METHODS
 
     parent = getattr(trl, trainer)
     theirs = getattr(parent, method, None)
     require(theirs is not None, f"{trainer} has no {method} any more; {use}")
     found = list(inspect.signature(theirs).parameters)
-    ours = [getattr(entrocraft_trl, f"Entrocraft{trainer}"), *map(trainer_of, METHODS)]
+    ours = [getattr(entrocraft_trl, f"Entrocraft{trainer}"), *(kind for kind, _ in METHODS.values())]
     for owner in dict.fromkeys(owner for kind in ours if issubclass(kind, parent) for owner in kind.__mro__):
         if owner.__module__.split(".")[0] == "entrocraft_trl" and method in vars(owner):
             require(_takes(vars(owner)[method], found), f"it takes {found} now, {owner.__name__}'s does not; {use}")

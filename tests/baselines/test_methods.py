@@ -7,7 +7,7 @@ import tiny
 from huggingface_hub import ModelCard
 
 from entrocraft_trl.baselines.aent import AEntTrainer
-from entrocraft_trl.methods import METHODS, trainer_of
+from entrocraft_trl.methods import METHODS
 
 
 RIVALS = [method for method in METHODS if method != "entrocraft"]
@@ -26,9 +26,10 @@ def run(method, output_dir, resume=None, **settings):
         **{"save_strategy": "steps", "save_steps": 3, "output_dir": output_dir},
         **settings,
     }
-    args = tiny.build_config(trainer_of(method)._config_class, **settings)
+    trainer_class, config_class = METHODS[method]
+    args = tiny.build_config(config_class, **settings)
     trainer = tiny.build_trainer(
-        trainer_of(method), args=args, train_dataset=tiny.build_dataset(64), reward_funcs=sign_of_digits
+        trainer_class, args=args, train_dataset=tiny.build_dataset(64), reward_funcs=sign_of_digits
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -70,11 +71,10 @@ def test_a_checkpoint_without_the_state_is_said(caplog):
 
 
 def test_every_method_is_a_trainer_of_trls_with_a_config_of_its_own():
-    for method in METHODS:
-        trainer_class = trainer_of(method)
-        assert issubclass(trainer_class, tiny.GRPOTrainer)
-        assert issubclass(trainer_class._config_class, tiny.GRPOConfig)
+    for method, (trainer_class, config_class) in METHODS.items():
+        assert issubclass(trainer_class, tiny.GRPOTrainer) and issubclass(config_class, tiny.GRPOConfig)
+        assert trainer_class._config_class is config_class  # what it asks of `args`
         # Python, YAML and the command line: each field that is added has words in the help.
-        added = set(trainer_class._config_class.__dataclass_fields__) - set(tiny.GRPOConfig.__dataclass_fields__)
-        fields = trainer_class._config_class.__dataclass_fields__
+        fields = config_class.__dataclass_fields__
+        added = set(fields) - set(tiny.GRPOConfig.__dataclass_fields__)
         assert all(fields[name].metadata.get("help") for name in added), method
