@@ -37,7 +37,11 @@ SETTINGS = (
     *("top_p", "top_k", "min_p", "temperature", "use_vllm", "num_generations", "num_iterations", "reward_weights"),
     *("steps_per_generation", "generation_batch_size", "per_device_train_batch_size", "enable_jit_checkpoint"),
 )
-GRPO_SETTINGS = ("entropy_coef", "use_adaptive_entropy")  # refused beside a band
+GRPO_SETTINGS = (
+    *("entropy_coef", "use_adaptive_entropy"),  # refused beside a band, and by rival methods
+    *("loss_type", "importance_sampling_level", "top_entropy_quantile", "epsilon", "epsilon_high", "delta", "beta"),
+    *("scale_rewards", "multi_objective_aggregation"),  # refused by those that do not read them
+)
 
 
 class HookMoved(Exception):
