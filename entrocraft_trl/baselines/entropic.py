@@ -63,6 +63,7 @@ class EntroPICConfig(BaselineConfig):
             self.check_number(name, 0.0)
         self.check_number("entropic_threshold", 0.0, 1.0)
         self.refuse_other_than("it needs a loss that clips the ratios of tokens", loss_type=CLIPPED_LOSSES)
+        self.refuse_other_than("its own term is not masked", off_policy_mask_threshold=None)
         self.refuse_other_than("it weighs single tokens", importance_sampling_level="token")
         self.refuse_other_than("the entropy is that of all loss tokens", top_entropy_quantile=1.0)
 

@@ -38,6 +38,8 @@ class KLCovConfig(BaselineConfig):
         self.check_number("kl_cov_ratio", 0.0, 1.0)
         self.check_number("kl_cov_coef", 0.0)
         self.refuse_other_than("ratios are not clipped", epsilon=GRPOConfig.epsilon, epsilon_high=None, delta=None)
+        # TRL's mask looks at the sign of the advantages, which the penalty is part of.
+        self.refuse_other_than("it would mask by advantages and penalty", off_policy_mask_threshold=None)
         self.refuse_other_than("it needs a loss of ratios of tokens", loss_type=CLIPPED_LOSSES)
         self.refuse_other_than("it chooses single tokens", importance_sampling_level="token")
         self.refuse_other_than("covariances are those of all loss tokens", top_entropy_quantile=1.0)

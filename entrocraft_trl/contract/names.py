@@ -40,7 +40,7 @@ SETTINGS = (
 GRPO_SETTINGS = (
     *("entropy_coef", "use_adaptive_entropy"),  # refused beside a band, and by rival methods
     *("loss_type", "importance_sampling_level", "top_entropy_quantile", "epsilon", "epsilon_high", "delta", "beta"),
-    *("scale_rewards", "multi_objective_aggregation"),  # refused by those that do not read them
+    *("scale_rewards", "multi_objective_aggregation", "off_policy_mask_threshold"),  # refused where they are not read
 )
 
 

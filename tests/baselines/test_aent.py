@@ -6,6 +6,8 @@ import loss_probe
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from entrocraft_trl.baselines import clamped_entropy as module
 from entrocraft_trl.baselines.aent import AEntConfig, AEntTrainer, next_coefficient
@@ -76,6 +78,44 @@ def test_without_a_clamp_it_is_trls_entropy_bonus():
 def test_without_a_bonus_it_is_grpo():
     settings = {**loss_probe.OFF_POLICY, "aent_coef": 0.0, "aent_coef_lr": 0.0}
     loss_probe.assert_trains_as_plain_grpo(AEntTrainer, settings, exact=False)
+
+
+def mixture_of_experts():
+    """Whose router loss TRL adds: 4 experts, 2 of which read a token."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.25}
+    tokens = {"pad_token_id": tiny.PAD, "eos_token_id": tiny.EOS, "bos_token_id": None}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.1}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **tokens, **experts))
+
+
+def adapter():
+    return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+
+
+@pytest.mark.parametrize(("model", "peft"), [(mixture_of_experts, None), (tiny.build_model, adapter)])
+def test_ordinary_logits_of_any_model_train_as_trls_head(model, peft):
+    """Also the router loss comes through, and wrappers of adapters take the arguments."""
+    trained = []
+    for kind, settings in (
+        (AEntTrainer, {"aent_clamp": 0.0, "aent_coef": 0.1, "aent_coef_lr": 0.0}),
+        (loss_probe.GRPOTrainer, {"entropy_coef": 0.1}),
+    ):
+        rollouts = tiny.random_rollouts(8)
+        config_class = getattr(kind, "_config_class", tiny.GRPOConfig)
+        args = tiny.build_config(config_class, max_steps=2, learning_rate=0.02, **settings)
+        reward, start = tiny.table_reward(rollouts, loss_probe.REWARDS), model()
+        torch.manual_seed(0)  # the adapter's weights
+        config = {"peft_config": peft()} if peft else {}
+        trainer = tiny.build_trainer(kind, start, args, reward_funcs=reward, **config)
+        tiny.force_rollouts(trainer, rollouts)
+        trainer.train()
+        trained.append(trainer)
+    for (name, value), other in zip(trained[0].model.named_parameters(), trained[1].model.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=name)
+    logged = [tiny.history(trainer, "aux_loss") for trainer in trained]
+    assert logged[0] == pytest.approx(logged[1]) and len(logged[0]) == (0 if peft else 2)
 
 
 def test_one_forward_pass_a_micro_batch():

@@ -100,6 +100,7 @@ def test_the_target_decides_where_the_entropy_goes():
         ({"entropic_target": -1}, "entropic_target must be finite and at least 0, got -1.0"),
         ({"entropic_threshold": 95}, "entropic_threshold must be finite and in 0..1, got 95.0"),
         ({"entropic_ki": "x"}, "entropic_ki must be a number, got 'x'"),
+        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold=0.1 is not for EntroPICConfig"),
         ({"loss_type": "cispo"}, "loss_type='cispo' is not for EntroPICConfig"),
         ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' is not for EntroPICConfig"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy=True is not for EntroPICConfig"),

@@ -75,6 +75,7 @@ def test_a_run_logs_share_and_penalty_and_the_card_says_the_method():
     [
         ({"epsilon": 0.1}, "epsilon=0.1 is not for KLCovConfig: ratios are not clipped; set epsilon=0.2"),
         ({"epsilon_high": 0.28}, "epsilon_high=0.28 is not for KLCovConfig"),
+        ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold=0.1 is not for KLCovConfig"),
         ({"delta": 3.0}, "delta=3.0 is not for KLCovConfig"),
         ({"kl_cov_ratio": 20}, "kl_cov_ratio must be finite and in 0..1, got 20.0"),
         ({"kl_cov_coef": -1}, "kl_cov_coef must be finite and at least 0, got -1.0"),
