@@ -2,16 +2,17 @@
 
 import argparse
 import difflib
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import yaml
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
-from ..config import EntrocraftGRPOConfig
 from ..data.loading import PromptFormat
-from . import CommandError
+from ..methods import METHODS
+from . import CommandError, CommandParser, is_main_process
 from .recipe import config_file, recipes
 
 
@@ -21,6 +22,8 @@ class EntrocraftScriptArguments(GRPOScriptArguments):
     Arguments of `entrocraft train` besides those of the trainer and the model. Documented here: what TRL's lack.
 
     Args:
+        method (`str`, *optional*, defaults to `"entrocraft"`):
+            What trains: this package's method, or a rival's, whose fields then take the place of its own.
         eval_dataset_name (`str`, *optional*):
             Data set for evaluation. Defaults to the test split of `dataset_name`.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
@@ -45,6 +48,13 @@ class EntrocraftScriptArguments(GRPOScriptArguments):
             Check arguments, data and rewards, print the plan, and stop before the model loads.
     """
 
+    method: str = field(
+        default="entrocraft",
+        metadata={
+            "help": "What trains. The options below are those of this method: `--method NAME --help` lists another's.",
+            "choices": list(METHODS),
+        },
+    )
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Data set for evaluation. Defaults to the test split of `dataset_name`."}
     )
@@ -105,13 +115,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """With the recipes one a line: wrapped, their names would be broken at the hyphens."""
 
 
-def make_parser(prog: str = "entrocraft train") -> TrlParser:
-    """TRL's parser over the script, trainer, model and data-mixture arguments."""
+def make_parser(prog: str = "entrocraft train", method: str = "entrocraft") -> TrlParser:
+    """TRL's parser over the script, trainer, model and data-mixture arguments, the trainer's being the `method`'s."""
     import torch
     from transformers.utils import is_torch_bf16_gpu_available
 
     parser = _Parser(
-        (EntrocraftScriptArguments, EntrocraftGRPOConfig, ModelConfig, DatasetMixtureConfig),
+        (EntrocraftScriptArguments, METHODS[method][1], ModelConfig, DatasetMixtureConfig),
         prog=prog,
         usage=f"{prog} [--config FILE or RECIPE] [options]",  # argparse's own has a line for each of the options
         description="Settings come from a YAML file or a recipe, and from the options below, which win.\n\n"
@@ -128,15 +138,17 @@ def make_parser(prog: str = "entrocraft train") -> TrlParser:
 
 def parse(
     argv: list[str],
-) -> tuple[EntrocraftScriptArguments, EntrocraftGRPOConfig, ModelConfig, DatasetMixtureConfig]:
+) -> tuple[EntrocraftScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig]:
     """
     Arguments of a run from `--config`, a YAML file or a recipe's name, and from the command line, which wins.
+
+    One file serves several methods: what it says of another one is set aside, and said. On the command line it is an
+    unknown option.
 
     Raises:
         `CommandError`: for an unknown option or key, or a value of the wrong type.
         `ValueError`, `OSError`: for a value that a config refuses, and for a YAML file that cannot be read.
     """
-    parser = make_parser()
     # TRL reads `--config FILE` only.
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv and argv[-1] == "--config":
@@ -144,6 +156,8 @@ def parse(
     if "--config" in argv:
         value = argv.index("--config") + 1
         argv[value] = config_file(argv[value])
+    method = _method(argv)
+    parser = make_parser(method=method)
     try:
         *parsed, in_file, in_command = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -152,6 +166,9 @@ def parse(
         raise CommandError(f"the config file is not valid YAML: {error}") from error
     except TypeError as error:  # a list or mapping in YAML where a number is meant
         raise CommandError(f"a value has the wrong type: {error}") from error
+    if parsed[0].method != method:  # argparse takes a beginning such as --meth; its options were read as another's
+        raise CommandError(f"write --method {parsed[0].method} in full")
+    in_file = _set_aside(in_file, method)
     for values in parsed:
         for item in fields(values):  # argparse converts text from a YAML file, and lets everything else pass
             value = getattr(values, item.name)
@@ -164,6 +181,39 @@ def parse(
             close = difflib.get_close_matches(name, known, n=1)
             raise CommandError(f"unknown {where}: {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     return tuple(parsed)
+
+
+def _method(argv: list[str]) -> str:
+    """The method that the command line asks for, or else the config file: its options are needed to read the rest."""
+    parser = CommandParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config")
+    asked, _ = parser.parse_known_args(argv)
+    method = asked.method
+    if method is None and asked.config is not None:
+        try:
+            with open(asked.config, encoding="utf-8") as stream:
+                content = yaml.safe_load(stream)
+        except yaml.YAMLError as error:
+            raise CommandError(f"the config file is not valid YAML: {error}") from error
+        method = content.get("method") if isinstance(content, dict) else None
+    if method is None:
+        return "entrocraft"
+    if method not in tuple(METHODS):  # YAML may hold a list, which a dict cannot look up
+        raise CommandError(f"there is no method {method!r}; the names are: {', '.join(METHODS)}")
+    return method
+
+
+def _set_aside(in_file: list[str], method: str) -> list[str]:
+    """Of the keys and values of a config file that no argument has, those that no method's config has either."""
+    if not in_file:
+        return in_file
+    others = {name for _, config in METHODS.values() for name in config.__dataclass_fields__}
+    keys = [key.removeprefix("--") for key in in_file[::2]]
+    if (aside := [key for key in keys if key in others]) and is_main_process():
+        print(f"entrocraft: {method} does not read these keys of the config file: {', '.join(aside)}", file=sys.stderr)
+    rest = [(key, value) for key, value in zip(keys, in_file[1::2], strict=True) if key not in others]
+    return [word for key, value in rest for word in (f"--{key}", value)]
 
 
 def prompt_format(options: Any, tokenizer: Any, model: str) -> PromptFormat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .arguments import EntrocraftScriptArguments, parse, prompt_format
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-    from trl import DatasetMixtureConfig, ModelConfig
+    from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig
 
     from ..config import EntrocraftGRPOConfig
 
@@ -31,22 +32,23 @@ def main(argv: list[str]) -> None:
         from ..reports.memory_report import describe_memory
 
         if is_main_process():
-            print(describe(inputs, training_args))
+            print(describe(inputs, training_args, script_args.method))
             if model_args.model_name_or_path:  # the embedded task's own policy is too small to matter
                 with user_errors():
                     print(describe_memory(training_args, inputs, script_args.max_prompt_length))
         return
-    from .. import EntrocraftGRPOTrainer
+    from ..methods import METHODS
 
     with ExitStack() as run:
         with user_errors():
             # Loads the model: a missing weight file or an unfit adapter is still the user's to mend.
-            trainer = EntrocraftGRPOTrainer(args=training_args, **inputs)
+            trainer_class, _ = METHODS[script_args.method]
+            trainer = trainer_class(args=training_args, **inputs)
             run.enter_context(trainer.running())  # until the model is saved and pushed
         _train(trainer, script_args, training_args, resume)
 
 
-def _check_resuming(args: EntrocraftGRPOConfig, dry_run: bool) -> str | bool | None:
+def _check_resuming(args: GRPOConfig, dry_run: bool) -> str | bool | None:
     """What to give the trainer to resume from; what it would refuse ends the command before a model loads."""
     from ..checkpoints.choice import asks_the_hub, resolve_checkpoint
 
@@ -62,7 +64,7 @@ def _check_resuming(args: EntrocraftGRPOConfig, dry_run: bool) -> str | bool | N
 
 def _trainer_inputs(
     script_args: EntrocraftScriptArguments,
-    training_args: EntrocraftGRPOConfig,
+    training_args: GRPOConfig,
     model_args: ModelConfig,
     mixture_args: DatasetMixtureConfig,
 ) -> dict[str, Any]:
@@ -172,8 +174,8 @@ def _load_tokenizer(training_args, model_args):
         raise ValueError(f"cannot load the tokenizer of model {name!r}: {error}") from error
 
 
-def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
-    """The plan of a run, for people: model, data, rewards, batches, and the band at its start, middle and end."""
+def describe(inputs: dict[str, Any], args: GRPOConfig, method: str = "entrocraft") -> str:
+    """The plan of a run, for people: model, data, rewards, batches, and what the method is set to."""
     from ..data.rewards import reward_name
 
     rows: Dataset | IterableDataset = inputs["train_dataset"]
@@ -185,7 +187,6 @@ def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
         size = f"{len(rows)} rows"
         steps = steps or math.ceil(args.num_train_epochs * len(rows) * args.num_generations / rollouts)
     rewards = [reward_name(reward) for reward in inputs["reward_funcs"]]
-    unit = "nats" if args.entropy_unit == "nats" else "times the initial entropy"
     lines = [
         f"model            {inputs['model']}",
         f"data             {size}, columns: {', '.join(first)}",
@@ -194,18 +195,33 @@ def describe(inputs: dict[str, Any], args: EntrocraftGRPOConfig) -> str:
         f"rewards          {', '.join(rewards)}",
         f"optimizer steps  {steps or 'unknown'}, each on {rollouts} rollouts ({args.num_generations} per prompt)",
         f"generation       {args.generation_batch_size} rollouts at a time, on {args.world_size} process(es)",
+        *(_band_lines(args, steps) if method == "entrocraft" else _method_lines(args, method)),
+    ]
+    return "\n".join(map(printable, lines))
+
+
+def _band_lines(args: EntrocraftGRPOConfig, steps: int | None) -> list[str]:
+    """Rule and schedule, and the band at its start, middle and end."""
+    unit = "nats" if args.entropy_unit == "nats" else "times the initial entropy"
+    lines = [
         f"rejection        {args.rejection_rule}, rejected rollouts: {args.rejected_rollouts}",
         f"schedule         {args.entropy_schedule}, over {args.entropy_schedule_steps or steps or 'all'} steps",
     ]
     for progress in (0.0, 0.5, 1.0):
         low, high = args.band_at(progress)
         lines.append(f"band at {progress:>4.0%}     {low:.3f} to {high:.3f} {unit}")
-    return "\n".join(map(printable, lines))
+    return lines
 
 
-def _train(
-    trainer, script_args: EntrocraftScriptArguments, args: EntrocraftGRPOConfig, resume: str | bool | None
-) -> None:
+def _method_lines(args: GRPOConfig, method: str) -> list[str]:
+    """A rival method's name, and the fields that it adds to TRL's, one a line."""
+    from trl import GRPOConfig
+
+    added = [item.name for item in fields(args) if item.name not in GRPOConfig.__dataclass_fields__]
+    return [f"method           {method}", *(f"  {name:<22} {getattr(args, name)}" for name in added)]
+
+
+def _train(trainer, script_args: EntrocraftScriptArguments, args: GRPOConfig, resume: str | bool | None) -> None:
     import transformers
     from packaging.version import Version
 

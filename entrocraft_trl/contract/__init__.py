@@ -7,7 +7,8 @@ checks them on the installed versions, in seconds and on the CPU, and prints a l
 moved. Most of them are private, so that a new minor version may move them without notice; and an override that nobody
 calls any more fails in silence.
 
-`names` has what can be seen from names and signatures, `behaviour` what takes a tiny run. Nothing imports this.
+`names` has what can be seen from names and signatures, `behaviour` and `rivals` what takes a tiny run. Nothing
+imports this.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ def checks() -> dict[str, Callable[[], None]]:
     All checks by the name of their hook. A check returns nothing, or raises: [`names.HookMoved`], or whatever comes of
     using a hook that is gone.
     """
-    from . import behaviour, names
+    from . import behaviour, names, rivals
 
     found: dict[str, Callable[[], None]] = {}
     for (module, name), users in sorted(names.imports().items()):
@@ -35,7 +36,7 @@ def checks() -> dict[str, Callable[[], None]]:
             found[f"{config}.{setting}"] = partial(names.check_setting, config, setting)
         for check in behaviour.OF_BOTH:
             found[f"{trainer}: {check.__doc__}"] = partial(check, trainer, config)
-    return found | {check.__doc__: check for check in behaviour.OTHERS}
+    return found | {check.__doc__: check for check in (*behaviour.OTHERS, *rivals.OTHERS)}
 
 
 def main() -> int:

@@ -17,6 +17,7 @@ OVERRIDDEN = {
     "_generate_single_turn": "the policy is read while it samples",
     "_get_per_token_logps_and_entropies": "the old policy's pass also reads the entropy",
     "_calculate_rewards": "rewards are checked, and kept for +1/-1 advantages and for mean@n",
+    "_compute_loss": "rival methods change what TRL's loss reads, or add a term to it",
     "compute_loss": "the loss is weighed by the rows that a rejection leaves",
     "train": "checkpoints are chosen, restored and saved on SIGTERM",
     "_run_epoch": "a run resumed at its last step takes no other",
@@ -37,7 +38,11 @@ SETTINGS = (
     *("top_p", "top_k", "min_p", "temperature", "use_vllm", "num_generations", "num_iterations", "reward_weights"),
     *("steps_per_generation", "generation_batch_size", "per_device_train_batch_size", "enable_jit_checkpoint"),
 )
-GRPO_SETTINGS = ("entropy_coef", "use_adaptive_entropy")  # refused beside a band
+GRPO_SETTINGS = (
+    *("entropy_coef", "use_adaptive_entropy"),  # refused beside a band, and by rival methods
+    *("loss_type", "importance_sampling_level", "top_entropy_quantile", "epsilon", "epsilon_high", "delta", "beta"),
+    *("scale_rewards", "multi_objective_aggregation", "off_policy_mask_threshold"),  # refused where they are not read
+)
 
 
 class HookMoved(Exception):
@@ -74,11 +79,14 @@ def check_override(trainer: str, method: str, use: str) -> None:
 
     import entrocraft_trl
 
+    from ..methods import METHODS
+
     parent = getattr(trl, trainer)
     theirs = getattr(parent, method, None)
     require(theirs is not None, f"{trainer} has no {method} any more; {use}")
     found = list(inspect.signature(theirs).parameters)
-    for owner in getattr(entrocraft_trl, f"Entrocraft{trainer}").__mro__:
+    ours = [getattr(entrocraft_trl, f"Entrocraft{trainer}"), *(kind for kind, _ in METHODS.values())]
+    for owner in dict.fromkeys(owner for kind in ours if issubclass(kind, parent) for owner in kind.__mro__):
         if owner.__module__.split(".")[0] == "entrocraft_trl" and method in vars(owner):
             require(_takes(vars(owner)[method], found), f"it takes {found} now, {owner.__name__}'s does not; {use}")
     if not method.startswith("_"):

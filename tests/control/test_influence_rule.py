@@ -7,6 +7,7 @@ from peft import LoraConfig
 
 from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
 from entrocraft_trl.control import diagnosis, rejection
+from entrocraft_trl.policy.mixin import Heard
 
 
 ROWS = 16
@@ -112,7 +113,9 @@ def test_what_is_kept_is_what_exact_gradients_say(case, band):
 
 
 def summed_entropy(trainer, batch) -> float:
-    return (trainer.read_policy(batch, []).entropies * batch["completion_mask"]).sum().item()
+    mask = batch["completion_mask"]
+    tokens, _ = trainer.read_policy(batch, mask, Heard(not_recorded="the rollouts are from before the update"))
+    return (tokens.entropies * mask).sum().item()
 
 
 def test_an_update_by_what_is_kept_moves_the_entropy_the_right_way():

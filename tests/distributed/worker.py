@@ -77,12 +77,12 @@ def train(case: str, reference: str, broken: bool = False) -> tuple[RecordingTra
         entropy_band=cases.band_function(case),
         peft_config=adapter,
     )
-    with patch.object(grpo_trainer, "shuffle_sequence_dict", lambda rows: _reorder(rows, order)):
+    with patch.object(grpo_trainer, "shuffle_sequence_dict", lambda rows: reorder(rows, order)):
         trainer.train()
     return trainer, full_parameters(trainer)
 
 
-def _reorder(rows: dict, order: list[int]) -> dict:
+def reorder(rows: dict, order: list[int]) -> dict:
     return {
         key: value[order] if isinstance(value, torch.Tensor) and value.ndim else value for key, value in rows.items()
     }

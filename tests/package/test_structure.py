@@ -8,6 +8,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 import entrocraft_trl
 from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer, EntropyControlMixin, Services
+from entrocraft_trl.baselines.loss_pass import LossPassMixin
 from entrocraft_trl.policy.mixin import PolicyReadingMixin
 
 
@@ -15,12 +16,13 @@ HOME = Path(entrocraft_trl.__file__).parent
 
 # From the bottom up. A file may import what stands in a lower line, and its own wing; nothing else.
 LEVELS = [
-    {"atomic", "printable", "metric_names", "constructor", "credentials"},
+    {"atomic", "printable", "metric_names", "constructor", "credentials", "config_values"},
     {"policy", "data", "tasks"},
     {"checkpoints", "reports", "evaluation", "control", "microbatches"},
     {"config"},  # TRL's configs with the fields of control
     {"services"},
     {"trainer", "baselines"},
+    {"methods"},  # their names
     {"compare"},
     {"cli", "scripts", "contract", "__main__", "__init__"},
 ]
@@ -78,6 +80,7 @@ def test_wings_are_at_most_two_levels_deep_and_say_what_belongs_there():
 
 # What each mixin may override of TRL's trainers, besides the constructor and attributes that name the method.
 MAY_OVERRIDE = {
+    LossPassMixin: {"_compute_loss", "_get_per_token_logps_and_entropies"},
     PolicyReadingMixin: {"_generate_single_turn", "_get_per_token_logps_and_entropies"},
     EntropyControlMixin: {"_generate_and_score_completions", "compute_loss"},
     Services: {
@@ -98,7 +101,12 @@ def overridden(mixin, until=object):
 
 @pytest.mark.parametrize(
     ("mixin", "until"),
-    [(PolicyReadingMixin, object), (EntropyControlMixin, PolicyReadingMixin), (Services, object)],
+    [
+        (LossPassMixin, object),
+        (PolicyReadingMixin, object),
+        (EntropyControlMixin, PolicyReadingMixin),
+        (Services, object),
+    ],
 )
 def test_a_mixin_overrides_what_it_needs_and_no_more(mixin, until):
     attributes = {"_name", "_paper", "_tag_names"}

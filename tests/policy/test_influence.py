@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import GRPOTrainer
 
 from entrocraft_trl.policy import influence
+from entrocraft_trl.policy.mixin import Heard
 from entrocraft_trl.policy.passes import select_rows
 
 
@@ -113,7 +114,7 @@ def test_log_probs_that_were_read_already_spare_a_pass(monkeypatch):
     trainer, batch = prepared()
     mask = batch["completion_mask"]
     without = derivatives(trainer, batch, mask)
-    logps = trainer.read_policy(batch, []).logps
+    logps = trainer.read_policy(batch, mask, Heard(not_recorded="rollouts are forced"))[0].logps
     passes = []
     original = influence.run_policy_pass
     monkeypatch.setattr(influence, "run_policy_pass", lambda *args: passes.append(1) or original(*args))
