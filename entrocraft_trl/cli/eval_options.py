@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.benchmarks import BENCHMARKS, PROMPT_TEMPLATE, parse_benchmarks
+from ..evaluation.benchmarks import ANSWER_TEMPLATE, BENCHMARKS, PROMPT_TEMPLATE, parse_benchmarks
 from . import CommandError, CommandParser
 
 
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     option(
         "benchmarks",
         f"the paper's, on the Hub ({', '.join(BENCHMARKS)}); NAME=FILE reads local rows in place of the Hub's. The "
-        "model loads once, and a table compares them",
+        "model loads once, and a table shows them together",
         to=data,
         nargs="+",
     )
@@ -50,6 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
         "column of the reference answer, which accuracy rewards read as `solution` (default: of a benchmark its own)",
     )
     option("answer_after", "keep what follows the last occurrence of this text in the answer ('####' for GSM8K)")
+    option(
+        "answer_template",
+        "text with {answer} where the answer goes: '${answer}$' for LaTeX without delimiters, which accuracy rewards "
+        "misread (default: for benchmarks that)",
+    )
     option("system_prompt", "system message")
     option(
         "prompt_template", "text with {prompt} where the question goes (default: for benchmarks the official code's)"
@@ -131,5 +136,6 @@ def runs_of(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
             run.dataset_config, run.dataset_split = benchmark.config, benchmark.split
         run.prompt_column = args.prompt_column or benchmark.prompt_column
         run.answer_column = args.answer_column or benchmark.answer_column
+        run.answer_template = args.answer_template or ANSWER_TEMPLATE
         run.prompt_template = args.prompt_template or PROMPT_TEMPLATE
     return runs

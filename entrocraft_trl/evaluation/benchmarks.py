@@ -33,6 +33,9 @@ BENCHMARKS = {
 # What the official code puts behind each question of a benchmark.
 PROMPT_TEMPLATE = "{prompt} Let's think step by step and output the final answer within \\boxed{}."
 
+# The answers are LaTeX without delimiters, of which accuracy rewards would read the numbers only.
+ANSWER_TEMPLATE = "${answer}$"
+
 
 def parse_benchmarks(words: Sequence[str]) -> dict[str, str | None]:
     """

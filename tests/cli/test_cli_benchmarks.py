@@ -101,9 +101,34 @@ def test_the_table_equals_counting_by_hand(reference_folder, files, loads, tmp_p
     assert first["prompt"] == "12*17=? Let's think step by step and output the final answer within \\boxed{}."
 
 
+def test_latex_answers_are_read_whole(reference_folder, tmp_path, monkeypatch):
+    """As MATH-500 has them. Bare, math-verify takes `11\\sqrt{2}` for 11, and reads no word and no tuple."""
+    answers = [
+        "11\\sqrt{2}",
+        "\\left( 3, \\frac{\\pi}{2} \\right)",
+        "\\text{Evelyn}",
+        "6 - 5i",
+        "p - q",
+        "(6,31,-1)",
+        "9",
+    ]
+    Path("math.jsonl").write_text("".join(json.dumps({"problem": "?", "answer": answer}) + "\n" for answer in answers))
+    served = iter(answers)
+
+    def serve(model, tokenizer, prompts, n, generation_config, **kwargs):
+        texts = [(next(served), "11") for _ in prompts]  # the right one, and what is left of the first
+        return [[Sample(f"$\\boxed{{{text}}}$", [5], False, 1.0) for text in pair] for pair in texts]
+
+    monkeypatch.setattr(sampling, "sample_prompts", serve)
+    assert main(command(reference_folder, "out", ["math500=math.jsonl"], "--n", "2")) == 0
+    records = [json.loads(line) for line in Path("out/math500/samples.jsonl").read_text().splitlines()[1:]]
+    assert [record["rewards"] for record in records] == [[1.0, 0.0]] * len(answers)
+
+
 def test_a_benchmark_is_the_evaluation_of_its_data_set_alone(reference_folder, files, tmp_path):
     assert main(command(reference_folder, "out", files, *OPTIONS)) == 0
     data = ["--dataset", files[1].removeprefix("aime24="), "--prompt_column", "problem", "--answer_column", "answer"]
+    data += ["--answer_template", "${answer}$"]
     assert main(["eval", "--model", str(reference_folder), "--output_dir", "alone", *data, *OPTIONS]) == 0
     for name in ("samples.jsonl", "summary.json"):
         assert Path("alone", name).read_bytes() == Path("out/aime24", name).read_bytes()
