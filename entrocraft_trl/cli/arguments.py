@@ -32,6 +32,9 @@ class EntrocraftScriptArguments(GRPOScriptArguments):
             Column of the reference answer, copied to `solution`, which TRL's accuracy rewards read.
         answer_after (`str`, *optional*):
             Keep what follows the last occurrence of this text in the answer (`"####"` for GSM8K).
+        answer_template (`str`, *optional*):
+            Text with `{answer}` where the answer goes: `"${answer}$"` for LaTeX without delimiters, which accuracy
+            rewards misread.
         system_prompt (`str`, *optional*):
             System message.
         prompt_template (`str`, *optional*):
@@ -66,6 +69,10 @@ class EntrocraftScriptArguments(GRPOScriptArguments):
     answer_after: str | None = field(
         default=None,
         metadata={"help": "Keep what follows the last occurrence of this text in the answer ('####' for GSM8K)."},
+    )
+    answer_template: str | None = field(
+        default=None,
+        metadata={"help": "Text with {answer} where the answer goes: '${answer}$' for LaTeX without delimiters."},
     )
     system_prompt: str | None = field(default=None, metadata={"help": "System message."})
     prompt_template: str | None = field(default=None, metadata={"help": "Text with {prompt} where the question goes."})
@@ -232,6 +239,7 @@ def prompt_format(options: Any, tokenizer: Any, model: str) -> PromptFormat:
         prompt_column=options.prompt_column,
         answer_column=options.answer_column,
         answer_after=options.answer_after,
+        answer_template=options.answer_template,
         system_prompt=options.system_prompt,
         prompt_template=options.prompt_template,
         conversational=options.prompt_format != "text" and has_template,

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..printable import printable
 from . import CommandError, CommandParser
+from .tables import markdown_table
 
 
 # Multiples of the initial entropy. Plain GRPO falls below it within the run, so there is something to hold up.
@@ -217,7 +218,7 @@ def caption(seeds: Sequence[int], max_steps: int) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table that also reads well in a terminal."""
+    """The rows as a Markdown table."""
 
     def cell(row: dict[str, Any], figure: str, form: str) -> str:
         if row[figure] is None:
@@ -227,10 +228,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
     cells = [["policy", *(title for title, _ in COLUMNS.values())]]
     cells += [[row["policy"], *(cell(row, figure, form) for figure, (_, form) in COLUMNS.items())] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+    return markdown_table(cells)
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -104,6 +104,9 @@ class PromptFormat:
             Column of the reference answer, copied to `solution`, the column that TRL's accuracy rewards read.
         answer_after (`str`, *optional*):
             Keep only what follows the last occurrence of this text in the answer (`"####"` for GSM8K).
+        answer_template (`str`, *optional*):
+            Text with `{answer}` where the answer goes. TRL's accuracy rewards read LaTeX between delimiters only: of a
+            bare `11\\sqrt{2}` they take the 11. `"${answer}$"` mends that.
         system_prompt (`str`, *optional*):
             System message; in a text prompt, a paragraph before the question.
         prompt_template (`str`, *optional*):
@@ -115,6 +118,7 @@ class PromptFormat:
     prompt_column: str = "prompt"
     answer_column: str | None = None
     answer_after: str | None = None
+    answer_template: str | None = None
     system_prompt: str | None = None
     prompt_template: str | None = None
     conversational: bool = True
@@ -124,6 +128,10 @@ class PromptFormat:
             raise ValueError(f"prompt_template must contain '{{prompt}}', got {self.prompt_template!r}")
         if self.answer_after is not None and self.answer_column is None:
             raise ValueError(f"answer_after={self.answer_after!r} needs answer_column, the column that it cuts")
+        if self.answer_template is not None and "{answer}" not in self.answer_template:
+            raise ValueError(f"answer_template must contain '{{answer}}', got {self.answer_template!r}")
+        if self.answer_template is not None and self.answer_column is None:
+            raise ValueError(f"answer_template={self.answer_template!r} needs answer_column, whose text it frames")
 
     def row(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """
@@ -184,7 +192,7 @@ class PromptFormat:
             text = text.rpartition(self.answer_after)[2]
             if not text.strip():
                 raise ValueError(f"{where}: the answer is empty after {self.answer_after!r}: {_shorten(str(value))!r}")
-        return text.strip()
+        return (self.answer_template or "{answer}").replace("{answer}", text.strip())
 
 
 def _shorten(text: str, length: int = 60) -> str:

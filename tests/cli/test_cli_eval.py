@@ -458,7 +458,7 @@ def test_math_verify_on_real_answers(reference_folder, tmp_path, monkeypatch, fi
 
 
 def test_paper_settings_are_the_default():
-    from entrocraft_trl.cli.eval import make_parser
+    from entrocraft_trl.cli.eval_options import make_parser
 
     args = make_parser().parse_args(["--model", "m", "--dataset", "d"])
     assert (args.n, args.temperature, args.top_p, args.top_k, args.max_new_tokens) == (32, 0.6, 0.95, 20, 3072)

@@ -88,6 +88,11 @@ def test_streamed_rows_and_max_samples():
     assert len(prepare_rows(load_rows(str(SAMPLE)), PromptFormat("question"), max_samples=3)) == 3
 
 
+def test_the_answer_takes_its_place_in_a_template():
+    form = PromptFormat("q", "a", "####", "${answer}$")
+    assert prepare_rows(rows(q=["?"], a=["so #### 11\\sqrt{2} "]), form)[0]["solution"] == "$11\\sqrt{2}$"
+
+
 def test_drop_long_prompts():
     table = rows(prompt=["a", "aaa", "aa"])
     assert list(drop_long_prompts(table, len, 2)["prompt"]) == ["a", "aa"]
@@ -133,6 +138,10 @@ def test_message_of_bad_format():
         PromptFormat(prompt_template="x")
     with pytest.raises(ValueError, match="answer_after='####' needs answer_column"):
         PromptFormat(answer_after="####")
+    with pytest.raises(ValueError, match="answer_template=.* needs answer_column"):
+        PromptFormat(answer_template="${answer}$")
+    with pytest.raises(ValueError, match="answer_template must contain '{answer}', got '\\$'"):
+        PromptFormat(answer_column="a", answer_template="$")
     with pytest.raises(ValueError, match="max_samples must be at least 1, got 0"):
         prepare_rows(rows(prompt=["a"]), PromptFormat(), max_samples=0)
 
