@@ -159,14 +159,12 @@ def mean_entropy(logps: torch.Tensor, mask: torch.Tensor) -> float:
 def margins(logps: torch.Tensor, rollouts: Rollouts) -> torch.Tensor:
     """Sum of S - N over each rollout's tokens, `(B,)`, N exact, by the functions that the trainer uses."""
     from entrocraft_trl.control import rejection
-    from entrocraft_trl.policy.tokens import expected_entropy_term, sampled_entropy_term
+    from entrocraft_trl.policy.tokens import entropy_moments, sampled_entropy_term
 
-    half = (2 * logps).log_softmax(dim=-1)
     tokens = rollouts.ids[:, -logps.size(1) :].unsqueeze(-1)
-    sampled, half_sampled = (log.gather(-1, tokens).squeeze(-1) for log in (logps, half))
-    entropies, half_entropies = (-(log.exp() * log).sum(dim=-1) for log in (logps, half))
+    sampled = logps.gather(-1, tokens).squeeze(-1)
+    _, entropies, expected = (value.view_as(sampled) for value in entropy_moments(logps.flatten(0, 1), 1.0))
     terms = sampled_entropy_term(sampled, entropies)
-    expected = expected_entropy_term(sampled, entropies, half_sampled, half_entropies)
     return rejection.entropy_change_scores(torch.ones_like(rollouts.advantages), terms, expected, rollouts.mask)
 
 

@@ -12,7 +12,7 @@ ATTRIBUTES = {
     "reward_weights": "rewards are summed with them",
     "reward_funcs": "each is wrapped, to name the one that fails",
     "reward_func_names": "messages name them",
-    "temperature": "N is read at half of it",
+    "temperature": "the policy is read at it",
     "num_iterations": "it tells where a generation batch ends",
     "num_generations_eval": "mean@n has this n",
     "router_aux_loss_coef": "the router's loss is not weighed with the rollouts",
@@ -256,22 +256,25 @@ def loss_types() -> None:
 
 
 def fused_head() -> None:
-    """trl.trainer.utils: the fused head returns log-probs and entropies, at any temperature"""
+    """trl.trainer.utils: the fused head asks a kernel that can be replaced for log-probs and entropies"""
     import torch
-    from trl.trainer.utils import add_fused_lm_head
+    from trl.trainer import utils
 
+    from ..policy.hidden_states import expected_terms
     from ..tasks import build_model
 
-    parameters = list(inspect.signature(add_fused_lm_head).parameters)
-    expected = ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
-    require(parameters == expected, f"it takes {parameters}, not {expected}")
     model = build_model()
-    forward = model.forward
-    add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
-    require(model.forward is not forward, "it no longer replaces model.forward, which is put back afterwards")
+    utils.add_fused_lm_head(model, temperature=0.5, outputs=("log_probs", "entropy"))
     ids = torch.tensor([[3, 4, 5, 6]])
-    output = model(input_ids=ids, labels=ids, fused_lm_head=True)
-    require(output.log_probs.shape == output.entropy.shape, "log_probs and entropy differ in shape")
+    with torch.no_grad():
+        theirs = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        with expected_terms(model, trls_log_probs=False) as terms:
+            ours = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    require(len(terms) == 1 and terms[0] is not None, "the kernel is not _ChunkedLogProbFunction any more")
+    for name in ("log_probs", "entropy"):
+        apart = (getattr(theirs, name) - getattr(ours, name)).abs().max().item()
+        require(apart < 1e-5, f"{name} of the same hidden states differ by {apart:g}")
+    require(terms[0].shape == ours.log_probs.shape, "N has not the shape of the log-probs")
 
 
 def saving_order() -> None:

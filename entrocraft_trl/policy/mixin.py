@@ -41,8 +41,8 @@ class PolicyReadingMixin:
     nothing changes for their callers.
     """
 
-    # Whether N is read along in passes too, where it takes one more projection of the hidden states onto the
-    # vocabulary. The record of the generation always has it.
+    # Whether N is read along in TRL's own pass too, where it takes one more projection of the hidden states onto the
+    # vocabulary. The record of the generation, and a pass of our own, always have it.
     reads_expected_term = False
     _heard: Heard | None = None
     _told_source: str | None = None
@@ -171,19 +171,28 @@ class PolicyReadingMixin:
             return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
         # TRL asks for log-probs alone here, although its fused head returns the entropy with them.
         with_expected = self.reads_expected_term and bool(self._heard.not_recorded)
-        reading, aux_loss = self._read_pass(model, *args, with_expected=with_expected, **kwargs)
+        reading, aux_loss = self._read_pass(model, *args, with_expected=with_expected, trls_log_probs=True, **kwargs)
         self._heard.passes.append(reading)
         return reading.logps, reading.entropies if compute_entropy else None, aux_loss
 
-    def _read_pass(self, model, input_ids, attention_mask, logits_to_keep, *args, with_expected=None, **kwargs):
-        """One of TRL's passes, with all that a [`TokenReading`] holds, and its router loss."""
+    def _read_pass(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        *args,
+        with_expected=True,
+        trls_log_probs=False,
+        **kwargs,
+    ):
+        """One of TRL's passes as a [`TokenReading`], and its router loss. With gradients it has no N."""
         arguments = (input_ids, attention_mask, logits_to_keep, *args)
         kwargs["compute_entropy"] = True
-        if not (self.reads_expected_term if with_expected is None else with_expected):
+        if torch.is_grad_enabled() or not with_expected:
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *arguments, **kwargs)
             return TokenReading(logps, entropies), aux_loss
-        cast = getattr(self.args, "cast_lm_head_to_fp32", False)
-        with expected_terms(self._causal_lm(), self.temperature, cast) as terms:
+        with expected_terms(self._causal_lm(), trls_log_probs=trls_log_probs) as terms:
             logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *arguments, **kwargs)
         return TokenReading(logps, entropies, torch.cat(terms)[:, -logits_to_keep:]), aux_loss
 

@@ -56,9 +56,9 @@ def with_another_key(self, inputs, original=GRPOTrainer._generate_and_score_comp
 
 MOVES = {
     # hook: what is changed, into what (None: taken away), and the message
-    "import trl.trainer.utils.add_fused_lm_head": (
-        *(trl.trainer.utils, "add_fused_lm_head", None),
-        "trl.trainer.utils has no add_fused_lm_head .* imported in .*hidden_states.py",
+    "import trl.trainer.utils.split_pixel_values_by_grid": (
+        *(trl.trainer.utils, "split_pixel_values_by_grid", None),
+        "trl.trainer.utils has no split_pixel_values_by_grid .* imported in .*passes.py",
     ),
     "RLOOTrainer._save_rng_state": (
         *(transformers.Trainer, "_save_rng_state", None),

@@ -6,9 +6,11 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from trl import GRPOTrainer, RLOOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
+from trl.trainer import utils
 
-from entrocraft_trl.policy import passes
+from entrocraft_trl import EntropyControlMixin
+from entrocraft_trl.policy import hidden_states, passes
 from entrocraft_trl.policy.hidden_states import expected_terms
 from entrocraft_trl.policy.tokens import TokenReading
 
@@ -131,14 +133,47 @@ def test_n_is_not_computed_where_nobody_asks():
     assert source == "old_policy_pass" and found.expected is None
 
 
-def test_the_model_is_as_before_even_after_an_error():
+def test_the_model_and_trl_are_as_before_even_after_an_error():
     trainer = tiny.build_trainer(args=tiny.build_config(temperature=0.7, **tiny.WIDE_OPEN))
-    model = trainer._causal_lm()
-    forward, hooks = model.forward, len(model.base_model._forward_hooks)
-    with pytest.raises(KeyError), expected_terms(model, 0.7, False):
-        assert model.forward is not forward
+    model, kernel = trainer._causal_lm(), utils._ChunkedLogProbFunction
+    hooks = len(model._forward_hooks)
+    with pytest.raises(KeyError), expected_terms(model, trls_log_probs=True):
+        assert utils._ChunkedLogProbFunction is not kernel
         raise KeyError
-    assert model.forward is forward and len(model.base_model._forward_hooks) == hooks
+    assert utils._ChunkedLogProbFunction is kernel and len(model._forward_hooks) == hooks
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 1.0), (None, 0.3), (2.0, 3.0)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_that_caps_and_scales(softcap, scale, bias, monkeypatch):
+    """Against TRL's own kernel and, for N, against the definition."""
+    monkeypatch.setattr(hidden_states, "TOKENS_AT_ONCE", 4)  # 10 tokens: two parts and a half
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(10, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    offset = torch.randn(30, generator=generator) if bias else None
+    targets = torch.randint(30, (10,), generator=generator)
+    found = hidden_states.read_hidden_states(hidden, weight, offset, targets, 0.7, softcap, scale)
+    arguments = (hidden, weight, offset, targets, 0.7, 16, softcap, scale, ("log_probs", "entropy"))
+    logps, entropies, *_ = utils._ChunkedLogProbFunction.apply(*arguments)
+    torch.testing.assert_close(found.logps, logps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entropies, entropies, rtol=1e-5, atol=1e-5)
+    logits = scale * (hidden @ weight.T + (offset if bias else 0.0)).double()
+    log_p = ((softcap * torch.tanh(logits / softcap) if softcap else logits) / 0.7).log_softmax(-1)
+    expected = (log_p.exp() ** 2 * (log_p + entropies.double().unsqueeze(-1))).sum(-1)
+    torch.testing.assert_close(found.expected.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_trls_log_probs_stay_trls_to_the_last_bit(monkeypatch):
+    """Training goes on with them: a band that is never left is GRPO bit for bit."""
+    monkeypatch.setattr(EntropyControlMixin, "_why_not_recorded", lambda self: "as where an engine samples")
+    args = tiny.build_config(num_iterations=2, rejection_rule="entropy_change", **tiny.WIDE_OPEN)
+    batch, heard = loss_batch(tiny.build_trainer(args=args))
+    assert heard.passes[0].expected is not None
+    plain = tiny.build_trainer(GRPOTrainer, args=tiny.build_config(GRPOConfig, num_iterations=2))
+    tiny.force_rollouts(plain, tiny.random_rollouts(8))
+    plain.model.train()
+    theirs = plain._generate_and_score_completions(tiny.generation_inputs(plain))
+    assert torch.equal(batch["old_per_token_logps"], theirs["old_per_token_logps"])
 
 
 def test_multimodal_keys_are_all_parameters_of_trls_pass():
