@@ -10,6 +10,7 @@ from .baselines.entropic_sequence import EntroPICSequenceConfig, EntroPICSequenc
 from .baselines.kl_cov import KLCovConfig, KLCovTrainer
 from .baselines.raft import RAFTPlusPlusConfig, RAFTPlusPlusTrainer
 from .baselines.reinforce import NSRConfig, NSRTrainer, PSRConfig, PSRTrainer, WReinforceConfig, WReinforceTrainer
+from .baselines.steer import STEERConfig, STEERTrainer
 from .config import EntrocraftGRPOConfig
 from .trainer import EntrocraftGRPOTrainer
 
@@ -26,4 +27,5 @@ METHODS: dict[str, tuple[type[GRPOTrainer], type[GRPOConfig]]] = {
     "aent": (AEntTrainer, AEntConfig),
     "entropic": (EntroPICTrainer, EntroPICConfig),
     "entropic_sequence": (EntroPICSequenceTrainer, EntroPICSequenceConfig),
+    "steer": (STEERTrainer, STEERConfig),
 }

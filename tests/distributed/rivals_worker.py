@@ -27,6 +27,7 @@ SETTINGS = {
     "aent": {"aent_coef": 0.1, "aent_coef_lr": 0.01, "aent_coef_max": 1.0, "aent_entropy_low": 0.0, **TWO_STEPS},
     "entropic": {"entropic_target": 2.3, "entropic_threshold": 0.1, **TWO_STEPS},
     "entropic_sequence": {"entropic_target": 2.3, "reward_coding": "zero_one"},
+    "steer": {"steer_min": 0.1, **TWO_STEPS},
 }
 MEASURED = {
     "clip_cov": "clip_cov/clipped_tokens",
@@ -36,6 +37,7 @@ MEASURED = {
     "aent": "aent/coef",
     "entropic": "entropic/alpha",
     "entropic_sequence": "entropic/alpha",
+    "steer": "steer/mean_weight",
 }
 
 
