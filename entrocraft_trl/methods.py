@@ -4,7 +4,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .baselines.aent import AEntConfig, AEntTrainer
 from .baselines.base import BaselineConfig, BaselineTrainer
+from .baselines.clip_b import ClipBConfig, ClipBTrainer
 from .baselines.clip_cov import ClipCovConfig, ClipCovTrainer
+from .baselines.clip_v import ClipVConfig, ClipVTrainer
 from .baselines.entropic import EntroPICConfig, EntroPICTrainer
 from .baselines.entropic_sequence import EntroPICSequenceConfig, EntroPICSequenceTrainer
 from .baselines.kl_cov import KLCovConfig, KLCovTrainer
@@ -28,4 +30,6 @@ METHODS: dict[str, tuple[type[GRPOTrainer], type[GRPOConfig]]] = {
     "entropic": (EntroPICTrainer, EntroPICConfig),
     "entropic_sequence": (EntroPICSequenceTrainer, EntroPICSequenceConfig),
     "steer": (STEERTrainer, STEERConfig),
+    "clip_b": (ClipBTrainer, ClipBConfig),
+    "clip_v": (ClipVTrainer, ClipVConfig),
 }

@@ -28,6 +28,8 @@ SETTINGS = {
     "entropic": {"entropic_target": 2.3, "entropic_threshold": 0.1, **TWO_STEPS},
     "entropic_sequence": {"entropic_target": 2.3, "reward_coding": "zero_one"},
     "steer": {"steer_min": 0.1, **TWO_STEPS},
+    "clip_b": {"clip_b_mu": 0.5, **TWO_STEPS},
+    "clip_v": {"clip_v_mu": 0.0, "clip_v_max_share": 0.15},
 }
 MEASURED = {
     "clip_cov": "clip_cov/clipped_tokens",
@@ -38,6 +40,8 @@ MEASURED = {
     "entropic": "entropic/alpha",
     "entropic_sequence": "entropic/alpha",
     "steer": "steer/mean_weight",
+    "clip_b": "clip_b/clipped_tokens",
+    "clip_v": "clip_v/clipped_tokens",
 }
 
 
