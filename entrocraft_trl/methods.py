@@ -12,6 +12,7 @@ from .baselines.entropic_sequence import EntroPICSequenceConfig, EntroPICSequenc
 from .baselines.kl_cov import KLCovConfig, KLCovTrainer
 from .baselines.raft import RAFTPlusPlusConfig, RAFTPlusPlusTrainer
 from .baselines.reinforce import NSRConfig, NSRTrainer, PSRConfig, PSRTrainer, WReinforceConfig, WReinforceTrainer
+from .baselines.repo_r import REPORConfig, REPORTrainer
 from .baselines.steer import STEERConfig, STEERTrainer
 from .config import EntrocraftGRPOConfig
 from .trainer import EntrocraftGRPOTrainer
@@ -32,4 +33,5 @@ METHODS: dict[str, tuple[type[GRPOTrainer], type[GRPOConfig]]] = {
     "steer": (STEERTrainer, STEERConfig),
     "clip_b": (ClipBTrainer, ClipBConfig),
     "clip_v": (ClipVTrainer, ClipVConfig),
+    "repo_r": (REPORTrainer, REPORConfig),
 }

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..policy.batch_entropy import BatchTotals, check_readable, policy_totals
 from ..policy.mixin import PolicyReadingMixin
 from ..policy.tokens import TokenReading, loss_mask
 
@@ -35,6 +36,18 @@ class SampledPolicyMixin(PolicyReadingMixin):
             return batch
         reading, _ = self.read_policy(batch, loss_mask(batch), heard)
         return self.with_reading(batch, reading)
+
+    def batch_entropy(self, batch: dict[str, Any], reading: TokenReading) -> float:
+        """
+        Entropy in nats of the policy that sampled: mean over the loss tokens of all ranks; NaN without a loss token.
+
+        Raises:
+            FloatingPointError: If it is not finite, on all ranks alike.
+        """
+        sums = policy_totals(reading, loss_mask(batch), "token")
+        totals = BatchTotals(*self.accelerator.reduce(sums, reduction="sum").tolist())
+        check_readable(totals, "policy", self.state.global_step)
+        return totals.entropy
 
 
 def largest_of_all_ranks(values: torch.Tensor, accelerator) -> torch.Tensor:

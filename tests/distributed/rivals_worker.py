@@ -30,6 +30,7 @@ SETTINGS = {
     "steer": {"steer_min": 0.1, **TWO_STEPS},
     "clip_b": {"clip_b_mu": 0.5, **TWO_STEPS},
     "clip_v": {"clip_v_mu": 0.0, "clip_v_max_share": 0.15},
+    "repo_r": {"repo_zeta": 0.1, "repo_zeta_max": 0.5, "repo_target_entropy": 3.1, **TWO_STEPS},
 }
 MEASURED = {
     "clip_cov": "clip_cov/clipped_tokens",
@@ -42,6 +43,7 @@ MEASURED = {
     "steer": "steer/mean_weight",
     "clip_b": "clip_b/clipped_tokens",
     "clip_v": "clip_v/clipped_tokens",
+    "repo_r": "repo/zeta",
 }
 
 
