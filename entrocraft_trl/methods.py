@@ -13,6 +13,7 @@ from .baselines.kl_cov import KLCovConfig, KLCovTrainer
 from .baselines.raft import RAFTPlusPlusConfig, RAFTPlusPlusTrainer
 from .baselines.reinforce import NSRConfig, NSRTrainer, PSRConfig, PSRTrainer, WReinforceConfig, WReinforceTrainer
 from .baselines.repo_r import REPORConfig, REPORTrainer
+from .baselines.stare import STAREConfig, STARETrainer
 from .baselines.steer import STEERConfig, STEERTrainer
 from .config import EntrocraftGRPOConfig
 from .trainer import EntrocraftGRPOTrainer
@@ -34,4 +35,5 @@ METHODS: dict[str, tuple[type[GRPOTrainer], type[GRPOConfig]]] = {
     "clip_b": (ClipBTrainer, ClipBConfig),
     "clip_v": (ClipVTrainer, ClipVConfig),
     "repo_r": (REPORTrainer, REPORConfig),
+    "stare": (STARETrainer, STAREConfig),
 }
