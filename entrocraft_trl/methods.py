@@ -7,6 +7,7 @@ from .baselines.base import BaselineConfig, BaselineTrainer
 from .baselines.clip_b import ClipBConfig, ClipBTrainer
 from .baselines.clip_cov import ClipCovConfig, ClipCovTrainer
 from .baselines.clip_v import ClipVConfig, ClipVTrainer
+from .baselines.dcpo import DCPOConfig, DCPOTrainer
 from .baselines.entropic import EntroPICConfig, EntroPICTrainer
 from .baselines.entropic_sequence import EntroPICSequenceConfig, EntroPICSequenceTrainer
 from .baselines.kl_cov import KLCovConfig, KLCovTrainer
@@ -36,4 +37,5 @@ METHODS: dict[str, tuple[type[GRPOTrainer], type[GRPOConfig]]] = {
     "clip_v": (ClipVTrainer, ClipVConfig),
     "repo_r": (REPORTrainer, REPORConfig),
     "stare": (STARETrainer, STAREConfig),
+    "dcpo": (DCPOTrainer, DCPOConfig),
 }

@@ -32,6 +32,7 @@ SETTINGS = {
     "clip_v": {"clip_v_mu": 0.0, "clip_v_max_share": 0.15},
     "repo_r": {"repo_zeta": 0.1, "repo_zeta_max": 0.5, "repo_target_entropy": 3.1, **TWO_STEPS},
     "stare": {"stare_target_entropy": 9.0, "stare_positive_weight": 2.0, "stare_negative_weight": 0.2, **TWO_STEPS},
+    "dcpo": {"dcpo_target_entropy": 9.0, "dcpo_limit": 1.0, **TWO_STEPS},
 }
 MEASURED = {
     "clip_cov": "clip_cov/clipped_tokens",
@@ -46,6 +47,7 @@ MEASURED = {
     "clip_v": "clip_v/clipped_tokens",
     "repo_r": "repo/zeta",
     "stare": "stare/entropy",
+    "dcpo": "dcpo/weight",
 }
 
 
