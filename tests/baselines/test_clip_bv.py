@@ -90,13 +90,14 @@ def test_tokens_of_tools_are_not_looked_at(trainer_class, method):
     mask = batch["completion_mask"].clone()
     mask[:, 1] = 0
     plain |= {"tool_mask": mask, "num_items_in_batch": (mask * batch["completion_mask"]).sum()}
-    reading, _ = trainer._read_pass(
-        trainer.model,
-        torch.cat([plain["prompt_ids"], plain["completion_ids"]], dim=1),
-        torch.cat([plain["prompt_mask"], plain["completion_mask"]], dim=1),
-        mask.size(1),
-    )
-    reading = TokenReading(*(None if value is None else value.detach() for value in reading))
+    with torch.no_grad():
+        reading, _ = trainer._read_pass(
+            trainer.model,
+            torch.cat([plain["prompt_ids"], plain["completion_ids"]], dim=1),
+            torch.cat([plain["prompt_mask"], plain["completion_mask"]], dim=1),
+            mask.size(1),
+        )
+    reading = TokenReading(*(None if number is None else number.clone() for number in reading))
     for number in reading:
         if number is not None:
             number[:, 1] = 1e6  # what is read there must not matter
