@@ -48,11 +48,15 @@ class SignedRewardsMixin:
         self._rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rewards
 
-    def signs_of_all_ranks(self) -> torch.Tensor:
-        """+1, -1 or 0 for each rollout of the last batch, of all ranks, `(N,)`: see `signs_of`, also for errors."""
+    def rewards_of_all_ranks(self) -> torch.Tensor:
+        """Weighted sum of the rewards of each rollout of the last batch, of all ranks, `(N,)`; NaN if unscored."""
         weighted = (self._rewards * self.reward_weights.to(self._rewards)).nansum(dim=1)
         weighted[torch.isnan(self._rewards).all(dim=1)] = torch.nan
-        return signs_of(weighted, self.args.reward_coding)
+        return weighted
+
+    def signs_of_all_ranks(self) -> torch.Tensor:
+        """+1, -1 or 0 for each rollout of the last batch, of all ranks, `(N,)`: see `signs_of`, also for errors."""
+        return signs_of(self.rewards_of_all_ranks(), self.args.reward_coding)
 
     def with_advantages(self, batch: dict[str, Any], everyones: torch.Tensor) -> dict[str, Any]:
         """This rank's loss inputs with its part of the advantages `(N,)` of all ranks, which the table shows too."""

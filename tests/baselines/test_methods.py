@@ -11,6 +11,12 @@ from entrocraft_trl.methods import METHODS
 
 
 RIVALS = [method for method in METHODS if method != "entrocraft"]
+# For methods that would leave these few rollouts alone at their defaults, and be resumed as plain GRPO.
+ACTING = {
+    "clip_b": {"clip_b_mu": 0.1},
+    "clip_v": {"clip_v_mu": 0.1, "clip_v_max_share": 0.2},
+    "stare": {"stare_target_entropy": 9.0, "stare_positive_weight": 2.0},
+}
 CLOCK = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
 
 
@@ -24,6 +30,7 @@ def run(method, output_dir, resume=None, **settings):
     settings = {
         **{"per_device_train_batch_size": 4, "steps_per_generation": 2, "max_steps": 6, "learning_rate": 0.02},
         **{"save_strategy": "steps", "save_steps": 3, "output_dir": output_dir},
+        **ACTING.get(method, {}),
         **settings,
     }
     trainer_class, config_class = METHODS[method]

@@ -27,6 +27,12 @@ SETTINGS = {
     "aent": {"aent_coef": 0.1, "aent_coef_lr": 0.01, "aent_coef_max": 1.0, "aent_entropy_low": 0.0, **TWO_STEPS},
     "entropic": {"entropic_target": 2.3, "entropic_threshold": 0.1, **TWO_STEPS},
     "entropic_sequence": {"entropic_target": 2.3, "reward_coding": "zero_one"},
+    "steer": {"steer_min": 0.1, **TWO_STEPS},
+    "clip_b": {"clip_b_mu": 0.5, **TWO_STEPS},
+    "clip_v": {"clip_v_mu": 0.0, "clip_v_max_share": 0.15},
+    "repo_r": {"repo_zeta": 0.1, "repo_zeta_max": 0.5, "repo_target_entropy": 3.1, **TWO_STEPS},
+    "stare": {"stare_target_entropy": 9.0, "stare_positive_weight": 2.0, "stare_negative_weight": 0.2, **TWO_STEPS},
+    "dcpo": {"dcpo_target_entropy": 9.0, "dcpo_limit": 1.0, **TWO_STEPS},
 }
 MEASURED = {
     "clip_cov": "clip_cov/clipped_tokens",
@@ -36,6 +42,12 @@ MEASURED = {
     "aent": "aent/coef",
     "entropic": "entropic/alpha",
     "entropic_sequence": "entropic/alpha",
+    "steer": "steer/mean_weight",
+    "clip_b": "clip_b/clipped_tokens",
+    "clip_v": "clip_v/clipped_tokens",
+    "repo_r": "repo/zeta",
+    "stare": "stare/entropy",
+    "dcpo": "dcpo/weight",
 }
 
 
