@@ -5,7 +5,7 @@ import pytest
 from rivals_worker import MEASURED, SETTINGS
 
 
-PART, LIMIT = "rivals_worker", 120
+PART, LIMIT = "rivals_worker", 240
 RANKED = ("cpu_ddp", "cpu_zero3", "cpu_fsdp2")
 BACKENDS = (None, *RANKED)
 # Float32 sums in another order. A statistic of one rank alone makes more than 1e-3.
