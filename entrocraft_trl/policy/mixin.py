@@ -45,6 +45,7 @@ class PolicyReadingMixin:
     # vocabulary. The record of the generation, and a pass of our own, always have it.
     reads_expected_term = False
     _heard: Heard | None = None
+    _unwrapped: tuple[torch.nn.Module, torch.nn.Module] | None = None  # `model`, and its causal LM
     _told_source: str | None = None
 
     @contextmanager
@@ -198,5 +199,8 @@ class PolicyReadingMixin:
 
     def _causal_lm(self) -> torch.nn.Module:
         """The module whose `forward` has TRL's fused head: without wrappers of ranks and adapters."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if isinstance(model, PeftModel) else model
+        # Accelerate asks each time whether DeepSpeed is installed, which takes as long as reading a batch.
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:
+            model = self.accelerator.unwrap_model(self.model)
+            self._unwrapped = self.model, model.get_base_model() if isinstance(model, PeftModel) else model
+        return self._unwrapped[1]

@@ -10,11 +10,14 @@ from .tokens import TokenReading, entropy_moments
 
 
 class Turn(NamedTuple):
-    """One completion of one generation call: token ids of its prompt and its own, and their numbers, `(T,)` each."""
+    """
+    One completion of one generation call: token ids of its prompt and its own, and their numbers `(3, T)`, ordered as
+    in [`TokenReading`].
+    """
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
-    reading: TokenReading
+    numbers: torch.Tensor
 
 
 class _Distributions(NamedTuple):
@@ -42,7 +45,7 @@ class GenerationRecorder:
 
     def __init__(self, model: torch.nn.Module, temperature: float):
         self.model, self.temperature = model, temperature
-        self._steps: list[tuple[torch.Tensor, TokenReading]] = []  # sampled tokens `(B,)` and their numbers
+        self._steps: list[tuple[torch.Tensor, torch.Tensor]] = []  # sampled tokens `(B,)`, their numbers `(3, B)`
         self._pending: _Distributions | None = None
         self._prompt_width = 0
         self._familiar = True
@@ -92,7 +95,7 @@ class GenerationRecorder:
         pending, self._pending = self._pending, None
         chosen = pending.logits.gather(-1, tokens.to(pending.logits.device).unsqueeze(-1)).squeeze(-1)
         logps = chosen.float() / self.temperature - pending.log_normaliser
-        self._steps.append((tokens, TokenReading(logps, pending.entropies, pending.expected)))
+        self._steps.append((tokens, torch.stack([logps, pending.entropies, pending.expected])))
 
     def turns(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[Turn]:
         """
@@ -113,10 +116,10 @@ class GenerationRecorder:
         seen = torch.stack([tokens for tokens, _ in self._steps], dim=1).tolist()  # (B, T)
         if any(list(ids) != row[: len(ids)] for ids, row in zip(completions, seen, strict=True)):
             return []
-        numbers = [torch.stack(values, dim=1) for values in zip(*(reading for _, reading in self._steps), strict=True)]
+        rows = torch.stack([numbers for _, numbers in self._steps], dim=-1).unbind(dim=1)  # (3, T) each
         return [
-            Turn(tuple(prompt), tuple(ids), TokenReading(*(values[row, : len(ids)] for values in numbers)))
-            for row, (prompt, ids) in enumerate(zip(prompts, completions, strict=True))
+            Turn(tuple(prompt), tuple(ids), numbers[:, : len(ids)])
+            for prompt, ids, numbers in zip(prompts, completions, rows, strict=True)
         ]
 
 
@@ -149,8 +152,7 @@ def reading_of_rollouts(turns: Sequence[Turn], batch: dict[str, Any], mask: torc
                 following = whole[length : length + len(turn.ids)]  # cut off where the rollout is
                 if following == turn.ids[: len(following)]:
                     start = length - len(prompt)
-                    values = torch.stack([number[: len(following)] for number in turn.reading])
-                    numbers[:, row, start : start + len(following)] = values.to(mask.device)
+                    numbers[:, row, start : start + len(following)] = turn.numbers[:, : len(following)]
     if not torch.isfinite(numbers[:, mask.bool()]).all():
         return None
     return TokenReading(*numbers.nan_to_num(nan=0.0))

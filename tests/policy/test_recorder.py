@@ -297,15 +297,15 @@ def test_passes_over_several_tokens_leave_the_true_numbers_or_none(settings, rec
         whole = torch.cat([prompt[0], ids]).unsqueeze(0)
         with torch.no_grad():
             exact = model(whole).logits[:, prompt.size(1) - 1 : -1].log_softmax(-1)
-        torch.testing.assert_close(turn.reading.entropies, -(exact.exp() * exact).sum(-1)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(turn.numbers[1], -(exact.exp() * exact).sum(-1)[0], rtol=1e-5, atol=1e-5)
     assert bool(found) == recorded
 
 
 def test_what_is_not_finite_is_no_record():
-    reading = TokenReading(torch.tensor([-1.0, -1.0]), torch.tensor([1.0, torch.inf]), torch.tensor([0.1, 0.1]))
+    numbers = torch.tensor([[-1.0, -1.0], [1.0, torch.inf], [0.1, 0.1]])
     batch = {"prompt_ids": torch.tensor([[0, 7]]), "prompt_mask": torch.tensor([[0, 1]])}
     batch["completion_ids"] = torch.tensor([[8, 9]])
-    turns = [Turn((7,), (8, 9), reading)]
+    turns = [Turn((7,), (8, 9), numbers)]
     assert reading_of_rollouts(turns, batch, torch.tensor([[1, 1]])) is None
     assert reading_of_rollouts(turns, batch, torch.tensor([[1, 0]])) is not None  # no loss token
 
@@ -314,7 +314,7 @@ def test_turns_find_their_places():
     """Two rollouts of one prompt, the second with a tool result (9) between its two turns, cut off at the end."""
 
     def numbers(*values):
-        return TokenReading(*(torch.tensor(values, dtype=torch.float32) + offset for offset in (0.0, 0.5, 0.25)))
+        return torch.tensor(values) + torch.tensor([[0.0], [0.5], [0.25]])
 
     turns = [
         Turn((5, 6), (7, 1), numbers(1, 2)),
