@@ -1,7 +1,7 @@
 """
 What entropy control costs per step under two processes, against plain GRPO under the same launcher.
 
-    accelerate launch --config_file configs/accelerate/cpu_ddp.yaml -m benchmarks.ranks    # about 2 minutes
+    accelerate launch --config_file configs/accelerate/cpu_ddp.yaml -m benchmarks.ranks    # about 3 minutes
 
 The arms take turns, several times over, in one launch: whatever else the machine does meets them all. Writes
 `benchmarks/results/ranks.{json,md}`.
@@ -14,7 +14,7 @@ from statistics import median
 from benchmarks.runs import RESULTS, one_quiet_thread
 
 
-STEPS, WARM_UP, REPEATS = 12, 3, 5  # the first steps of a run allocate memory and fill caches
+STEPS, WARM_UP, REPEATS = 20, 3, 9  # the first steps of a run allocate memory and fill caches
 # A band that is never left, and one that is never reached: then every step rejects.
 INSIDE = {"entropy_unit": "nats", "entropy_low": [0.0], "entropy_high": [100.0]}
 ABOVE = {"entropy_unit": "nats", "entropy_low": [50.0], "entropy_high": [60.0]}
@@ -42,6 +42,7 @@ def step_seconds(arm: str) -> float:
 
     arguments = expression_arguments("runs/ranks", max_steps=STEPS) | {"disable_tqdm": True}
     arguments["per_device_train_batch_size"] //= 2  # two processes: the same 128 rollouts a step
+    arguments["learning_rate"] = 1e-8  # so small that all arms sample the same rollouts, as long in each
     trainer_class, config = GRPOTrainer, GRPOConfig
     if ARMS[arm] is not None:
         trainer_class, config = EntrocraftGRPOTrainer, EntrocraftGRPOConfig
