@@ -9,6 +9,7 @@ Prints one JSON line: seconds of each phase of an optimizer step (medians over s
 import json
 import resource
 import sys
+import tempfile
 import time
 from statistics import median
 from typing import Any, NamedTuple
@@ -179,7 +180,7 @@ def run(case: Case, arm: Arm) -> dict[str, float]:
     model.generation_config.eos_token_id = ends
     per_step = (arm.settings or {}).get("steps_per_generation", 1)
     args = config_class(
-        output_dir="runs/throughput",
+        output_dir=tempfile.mkdtemp(),  # a benchmark that is stopped leaves a checkpoint there
         per_device_train_batch_size=case.rollouts // per_step,
         num_generations=8,
         max_steps=(WARM_UP + case.steps) * per_step,
