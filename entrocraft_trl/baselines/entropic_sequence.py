@@ -1,12 +1,13 @@
 """EntroPIC over whole rollouts, as Entrocraft's authors compare with it (after arXiv 2511.15248)."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..policy.batch_entropy import BatchTotals, check_readable, policy_totals
-from ..policy.mixin import PolicyReadingMixin
-from ..policy.tokens import loss_mask
+from ..policy.tokens import TokenReading
 from .base import BaselineTrainer
 from .entropic import PAPER, pi_output
+from .sampled_policy import SampledPolicyMixin
 from .signed_rewards import SignedRewardsConfig, SignedRewardsMixin
 from .state import StatefulMethodMixin
 
@@ -36,7 +37,7 @@ class EntroPICSequenceConfig(SignedRewardsConfig):
             self.check_number(name, 0.0)
 
 
-class EntroPICSequenceTrainer(StatefulMethodMixin, PolicyReadingMixin, SignedRewardsMixin, BaselineTrainer):
+class EntroPICSequenceTrainer(StatefulMethodMixin, SampledPolicyMixin, SignedRewardsMixin, BaselineTrainer):
     """
     [`~trl.GRPOTrainer`] that weighs right rollouts by `1 + alpha` and wrong ones by `1 - alpha`, alpha from EntroPIC's
     controller (arXiv 2511.15248), in the sequence-level form of Entrocraft's authors.
@@ -49,7 +50,7 @@ class EntroPICSequenceTrainer(StatefulMethodMixin, PolicyReadingMixin, SignedRew
     verified: whether the paper has a sequence-level form; its official code is token-level, see `entropic.py`.
 
     Four methods of TRL's are overridden: `_generate_and_score_completions`, `_calculate_rewards` to keep the rewards,
-    and two to read the entropy while the rollouts are sampled, see [`PolicyReadingMixin`].
+    and two to read the entropy while the rollouts are sampled, see [`SampledPolicyMixin`].
     """
 
     _tag_names = ["trl", "grpo", "entropic"]
@@ -60,21 +61,12 @@ class EntroPICSequenceTrainer(StatefulMethodMixin, PolicyReadingMixin, SignedRew
     def starting_numbers(self) -> dict[str, float]:
         return {"integral": 0.0}
 
-    def _generate_and_score_completions(self, inputs):
-        training = self.model.training
-        with self.listening_to_policy() as heard:
-            batch = super()._generate_and_score_completions(inputs)
-        if not training:
-            return batch
-        mask = loss_mask(batch)
-        tokens, _ = self.read_policy(batch, mask, heard)
-        sums = policy_totals(tokens, mask, "token")
-        totals = BatchTotals(*self.accelerator.reduce(sums, reduction="sum").tolist())
-        check_readable(totals, "policy", self.state.global_step)
-        error = totals.entropy - self.args.entropic_target if totals.tokens else 0.0
+    def with_reading(self, batch: dict[str, Any], reading: TokenReading) -> dict[str, Any]:
+        entropy = self.batch_entropy(batch, reading)
+        error = 0.0 if math.isnan(entropy) else entropy - self.args.entropic_target
         alpha = pi_output(error, self.numbers["integral"], self.args)
         self.numbers["integral"] += error
-        self.log_training("entropic/entropy", totals.entropy)
+        self.log_training("entropic/entropy", entropy)
         self.log_training("entropic/alpha", alpha)
         self.log_training("entropic/integral", self.numbers["integral"])
         signs = self.signs_of_all_ranks()
