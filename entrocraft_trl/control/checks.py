@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from ..config_values import number as number
-from ..config_values import whole_number as whole_number
+from ..config_values import number
 
 
 def edge_values(name: str, value: Any) -> list[float]:

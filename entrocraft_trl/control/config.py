@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from accelerate.utils import parse_flag_from_env
 
+from ..config_values import number, whole_number
 from ..credentials import CredentialsMixin
 from . import checks, loss_inputs, rejection, schedule
 
@@ -210,9 +211,7 @@ class EntropyControlConfig(CredentialsMixin):
                             "value, or choose 'linear' or 'cosine'."
                         )
         if self.entropy_schedule_steps is not None:
-            steps = self.entropy_schedule_steps = checks.whole_number(
-                "entropy_schedule_steps", self.entropy_schedule_steps
-            )
+            steps = self.entropy_schedule_steps = whole_number("entropy_schedule_steps", self.entropy_schedule_steps)
             if steps < 1:
                 raise ValueError(f"entropy_schedule_steps must be at least 1, got {steps}.")
 
@@ -221,7 +220,7 @@ class EntropyControlConfig(CredentialsMixin):
         if weights is not None and not all(math.isfinite(weight) for weight in weights):
             # TRL's sum over functions leaves NaN out: a NaN weight would silently train on rewards of 0.
             raise ValueError(f"reward_weights must be finite, got {weights}.")
-        self.min_accepted_share = checks.number("min_accepted_share", self.min_accepted_share)
+        self.min_accepted_share = number("min_accepted_share", self.min_accepted_share)
         if not 0.0 <= self.min_accepted_share <= 1.0:
             raise ValueError(f"min_accepted_share must lie in 0..1, got {self.min_accepted_share}.")
         if self.rejection_rule == "advantage_sign":
