@@ -38,7 +38,8 @@ def card_section(
     Args:
         args ([`EntropyControlConfig`]): The trainer's config.
         band_at (`Callable[[float], tuple[float, float]]`): Low and high edge at a progress in 0..1.
-        in_nats (`bool`): Whether `band_at` gives nats, or multiples of an initial entropy that is not measured yet.
+        in_nats (`bool`): Whether `band_at` gives the band in nats, or its edges in `entropy_unit`, because no batch
+            was measured yet.
         initial_entropy (`float`, *optional*): The entropy in nats that the run measured first.
         own_band (`bool`, *optional*, defaults to `False`): Whether the band is a function of the user's, instead of
             the config's.
@@ -48,7 +49,7 @@ def card_section(
         "",
         *describe_control(args, own_band),
         "",
-        *band_table(band_at, "nats" if in_nats else "times the initial entropy"),
+        *band_table(band_at, "nats" if in_nats or args.entropy_unit == "nats" else "times the initial entropy"),
         *(
             ["", f"The entropy measured first was {initial_entropy:.3f} nats."]
             if in_nats and args.entropy_unit == "initial"
@@ -65,7 +66,8 @@ def describe_control(args: EntropyControlConfig, own_band: bool = False) -> list
         f"entropy of its tokens was measured, and {RULES[args.rejection_rule]}. "
         f"{REJECTED[args.rejected_rollouts]}",
         "",
-        f"Rule: `{args.rejection_rule}`; rejected rollouts: `{args.rejected_rollouts}`; schedule: {shape}.",
+        f"Rule: `{args.rejection_rule}`; rejected rollouts: `{args.rejected_rollouts}`; schedule: {shape}"
+        + ("; width: four times the scatter of one reading." if args.entropy_width == "auto" else "."),
     ]
 
 

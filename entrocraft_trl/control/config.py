@@ -25,6 +25,10 @@ class EntropyControlConfig(CredentialsMixin):
             High edge of the band: one value, or its start and end.
         entropy_unit (`str`, defaults to `"initial"`):
             `"initial"`: edges are multiples of the first entropy that this run measures; `"nats"`: edges are nats.
+        entropy_width (`str`, defaults to `"given"`):
+            `"given"`: as wide as the edges say. `"auto"`: around the middle between them, four times as wide as one
+            reading of the entropy scatters, so that noise alone seldom leaves the band; it follows the scatter that
+            the run shows.
         entropy_schedule (`str`, defaults to `"linear"`):
             `"linear"`, `"cosine"` or `"constant"` between start and end, or `"piecewise"` (straight lines between
             knots) or `"step"` (each knot holds until the next).
@@ -83,6 +87,14 @@ class EntropyControlConfig(CredentialsMixin):
         metadata={
             "help": "Unit of the band: 'initial' (multiples of the first entropy this run measures) or 'nats'.",
             "choices": ("initial", "nats"),
+        },
+    )
+    entropy_width: str = field(
+        default="given",
+        metadata={
+            "help": "Width of the band: 'given' (by its edges) or 'auto' (around the middle between them, four times "
+            "as wide as one reading of the entropy scatters).",
+            "choices": ("given", "auto"),
         },
     )
     entropy_schedule: str = field(

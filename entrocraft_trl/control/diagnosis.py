@@ -5,6 +5,7 @@ Logged as `entrocraft/...`, once per generation batch (`empty_steps`: per optimi
 over `logging_steps`:
 
 - `entropy`, `entropy_low`, `entropy_high`: measured before anything is rejected, and the band (nats)
+- `reading_scatter`: how far one such reading scatters (nats), by the groups of the batches so far
 - `recorded`, `own_pass`: whether the policy was read while it sampled, or in a pass of its own; neither: from TRL's
   pass for the old policy, or from the engine's log-probs
 - `direction`: -1 too low, 0 inside, +1 too high; `distance_outside_band` (nats)
@@ -131,9 +132,9 @@ def watch(memory: ControlMemory, entropy: float, distance: float, direction: int
     return effect
 
 
-# One reading scatters by some 0.02 nats on small batches: a drift must be clearly larger to count as one.
 PATIENCE_BATCHES = 30
-CLEAR_DRIFT = 0.05
+# In scatters of one reading: what is no larger may be noise.
+CLEAR_DRIFT = 2.5
 
 
 def failure_message(
@@ -141,10 +142,14 @@ def failure_message(
 ) -> str | None:
     """
     Plain words if the band was left for at least `PATIENCE_BATCHES` generation batches in a row and the entropy is
-    further from it than when it left, by at least `CLEAR_DRIFT` nats; `None` otherwise. At most once in a run.
+    further from it than when it left, by at least `CLEAR_DRIFT` scatters; `None` otherwise. At most once in a run.
     """
     away = distance - memory.distance_at_exit
-    if memory.failure_reported or memory.steps_outside < PATIENCE_BATCHES or away < CLEAR_DRIFT:
+    if (
+        memory.failure_reported
+        or memory.steps_outside < PATIENCE_BATCHES
+        or away < CLEAR_DRIFT * memory.reading_scatter
+    ):
         return None
     memory.failure_reported = True
     side = "above" if memory.last_direction > 0 else "below"

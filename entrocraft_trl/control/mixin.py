@@ -12,7 +12,14 @@ from transformers import TrainingArguments
 
 from .. import metric_names
 from ..constructor import call_of_trls_constructor
-from ..policy.batch_entropy import BatchTotals, check_readable, policy_totals, sampling_totals
+from ..policy.batch_entropy import (
+    BatchTotals,
+    check_readable,
+    policy_totals,
+    reading_scatter,
+    rollout_sums,
+    sampling_totals,
+)
 from ..policy.mixin import Heard, PolicyReadingMixin
 from ..policy.tokens import TokenReading, loss_mask, sampled_entropy_term
 from . import diagnosis, loss_inputs, rejection, schedule
@@ -109,18 +116,26 @@ class EntropyControlMixin(PolicyReadingMixin):
 
     def band_at(self, progress: float) -> schedule.Band:
         """
-        The band in nats at `progress` in 0..1.
+        The band in nats at `progress` in 0..1. With `entropy_width="auto"` it is as wide as readings scatter now.
 
         Raises:
-            RuntimeError: If the band is relative to the initial entropy and no batch was measured yet.
+            RuntimeError: If the band is relative to the initial entropy, or as wide as readings scatter, and no batch
+                was measured yet.
         """
-        band = schedule.Band(*self._band_in_unit(progress))
-        if self.args.entropy_unit == "nats":
-            return band
-        initial = self.control_memory.initial_entropy
-        if initial is None:
-            raise RuntimeError("the band is relative to the initial entropy, which this run has not measured yet.")
-        return band.scaled(initial)
+        band, memory = schedule.Band(*self._band_in_unit(progress)), self.control_memory
+        if not self._band_is_known:
+            raise RuntimeError("the band follows from the first batch, which this run has not measured yet.")
+        if self.args.entropy_unit == "initial":
+            band = band.scaled(memory.initial_entropy)
+        if self.args.entropy_width == "auto":
+            band = band.of_width(schedule.AUTO_WIDTH_SCATTERS * memory.reading_scatter)
+        return band
+
+    @property
+    def _band_is_known(self) -> bool:
+        """In nats: no batch has to be measured first, or one was."""
+        from_first_batch = self.args.entropy_unit == "initial" or self.args.entropy_width == "auto"
+        return not from_first_batch or self.control_memory.initial_entropy is not None
 
     # ------------------------------------------------------------------------------------------------------ the step
 
@@ -150,14 +165,19 @@ class EntropyControlMixin(PolicyReadingMixin):
         if source == "policy":
             tokens, read_from = self.read_policy(batch, mask, heard)
             sums = policy_totals(tokens, mask, aggregation)
+            of_rollouts = rollout_sums(tokens.entropies, mask, aggregation)
         else:
             if "sampling_per_token_logps" not in batch:
                 raise ValueError("entropy_source='sampling', but the rollout engine returned no 'logprobs'.")
-            tokens, read_from = None, "engine"
-            sums = sampling_totals(batch["sampling_per_token_logps"], mask, aggregation)
+            tokens, read_from, logps = None, "engine", batch["sampling_per_token_logps"]
+            sums = sampling_totals(logps, mask, aggregation)
+            of_rollouts = rollout_sums(-logps, mask.bool() & ~torch.isnan(logps), aggregation)
         totals = BatchTotals(*self.accelerator.reduce(sums, reduction="sum").tolist())
         check_readable(totals, source, self.state.global_step)
+        scatter = reading_scatter(self.accelerator.gather(of_rollouts), self.num_generations)
         if totals.tokens:
+            memory = self.control_memory
+            memory.reading_scatter = schedule.running_scatter(memory.reading_scatter, scatter)
             self._log_metrics({"recorded": read_from == "record", "own_pass": read_from == "own_pass"})
         return tokens, totals
 
@@ -228,8 +248,10 @@ class EntropyControlMixin(PolicyReadingMixin):
         if math.isnan(totals.entropy):
             return all_of_them, {}
         memory = self.control_memory
-        memory.change_offset = rejection.integrate_offset(memory.change_offset, totals.entropy, *band)
-        least, most = rejection.allowed_change(totals.entropy, *band, offset=memory.change_offset)
+        cushion = rejection.cushion_width(memory.reading_scatter)
+        offset = rejection.integrate_offset(memory.change_offset, totals.entropy, *band, cushion=cushion)
+        least, most = rejection.allowed_change(totals.entropy, *band, cushion=cushion, offset=offset)
+        memory.change_offset = offset
         allowed = {"least_change": least, "most_change": most}
         if (least, most) == (-1.0, 1.0):
             return all_of_them, allowed
@@ -316,6 +338,7 @@ class EntropyControlMixin(PolicyReadingMixin):
             "entropy_high": band.high,
             "direction": direction,
             "distance_outside_band": distance,
+            "reading_scatter": self.control_memory.reading_scatter,
             **({"unscored_tokens": totals.unscored_share} if self.args.entropy_source == "sampling" else {}),
             **diagnosis.rejection_metrics(counts),
             **allowed,
@@ -362,8 +385,7 @@ class EntropyControlMixin(PolicyReadingMixin):
 
     def card_section(self) -> list[str]:
         """What the model card says of this run's band and rule."""
-        initial = self.control_memory.initial_entropy
-        in_nats = self.args.entropy_unit == "nats" or initial is not None
+        initial, in_nats = self.control_memory.initial_entropy, self._band_is_known
         return card_section(
             self.args,
             self.band_at if in_nats else self._band_in_unit,

@@ -73,15 +73,20 @@ def influence_scores(
     return -weights * advantages * derivatives
 
 
-# Edges push from one cushion (nats) inside the band on, so that in a band 0.1 nats wide both always do. The gains are
-# those of benchmarks/control.
-_CUSHION, _GAIN, _INTEGRAL_GAIN = 0.05, 1.0, 0.02
+# Edges push from one cushion inside the band on. Thinner, readings jump across it; thicker, the middle of a wide band,
+# where nothing is rejected, is lost. The gains are those of benchmarks/control.
+_CUSHION_SCATTERS, _GAIN, _INTEGRAL_GAIN = 2.5, 1.0, 0.02
 # Keeps the slope finite in a band of no width; far below what a batch's entropy reading resolves (nats).
 _SMALLEST_CUSHION = 1e-3
 
 
+def cushion_width(scatter: float) -> float:
+    """How far inside the band its edges begin to push, in nats, if one reading scatters by `scatter` nats."""
+    return _CUSHION_SCATTERS * scatter
+
+
 def allowed_change(
-    entropy: float, low: float, high: float, *, cushion: float = _CUSHION, gain: float = _GAIN, offset: float = 0.0
+    entropy: float, low: float, high: float, *, cushion: float, gain: float = _GAIN, offset: float = 0.0
 ) -> tuple[float, float]:
     """
     Range of predicted entropy change that the position in the band allows, each end in [-1, 1].
@@ -111,7 +116,7 @@ def integrate_offset(
     low: float,
     high: float,
     *,
-    cushion: float = _CUSHION,
+    cushion: float,
     gain: float = _GAIN,
     integral_gain: float = _INTEGRAL_GAIN,
 ) -> float:

@@ -5,6 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
+# Wide enough that 95% of the readings of an entropy that stands still at the centre lie inside.
+AUTO_WIDTH_SCATTERS = 4.0
+# A batch of few groups tells the scatter of its reading to within a third; ten batches, to within a tenth.
+_NEW_SHARE = 0.1
+
 SHAPES = ("linear", "cosine", "constant", "piecewise", "step")
 KNOT_SHAPES = ("piecewise", "step")
 
@@ -27,6 +32,11 @@ class Band(NamedTuple):
         """The band in nats, if its edges are multiples of `unit` nats."""
         return Band(self.low * unit, self.high * unit)
 
+    def of_width(self, width: float) -> "Band":
+        """The band of this width around the same centre; its low edge is 0 at least."""
+        centre = (self.low + self.high) / 2
+        return Band(max(centre - width / 2, 0.0), centre + width / 2)
+
 
 class Knot(NamedTuple):
     """A point of a band given by knots: `progress` in [0, 1] and the band's `low` and `high` there."""
@@ -34,6 +44,11 @@ class Knot(NamedTuple):
     progress: float
     low: float
     high: float
+
+
+def running_scatter(before: float | None, now: float) -> float:
+    """Scatter of readings in nats, after a batch that shows `now`: root of the running mean of squares."""
+    return now if before is None else math.sqrt((1 - _NEW_SHARE) * before**2 + _NEW_SHARE * now**2)
 
 
 def progress_at(step: int, total_steps: int) -> float:

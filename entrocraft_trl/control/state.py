@@ -15,14 +15,16 @@ logger = logging.get_logger(__name__)
 @dataclass
 class ControlMemory:
     """
-    Plain numbers, identical on all ranks. Units: nats for entropies; optimizer steps for the horizon and for
-    `empty_steps`; generation batches for `steps_outside`, which keeps the name that checkpoints hold.
+    Plain numbers, identical on all ranks. Units: nats for entropies, their scatter and distances; optimizer steps for
+    the horizon and for `empty_steps`; generation batches for `steps_outside`, which keeps the name that checkpoints
+    hold.
     """
 
     initial_entropy: float | None = None
     horizon: int | None = None
     empty_steps: int = 0
     change_offset: float = 0.0
+    reading_scatter: float | None = None
     last_entropy: float | None = None
     last_direction: int = 0
     steps_outside: int = 0
@@ -38,12 +40,18 @@ _RULES = {
     "horizon": ("a number of steps of at least 1", lambda value: value is None or (_is_whole(value) and value >= 1)),
     "empty_steps": _COUNT,
     "change_offset": ("a number in -1..1", lambda value: _is_number(value) and -1 <= value <= 1),
+    "reading_scatter": (
+        "a scatter in nats",
+        lambda value: value is None or (_is_number(value) and value >= 0),
+    ),
     "last_entropy": _ENTROPY,
     "last_direction": ("-1, 0 or 1", lambda value: _is_whole(value) and value in (-1, 0, 1)),
     "steps_outside": _COUNT,
     "distance_at_exit": ("a distance in nats", lambda value: _is_number(value) and value >= 0),
     "failure_reported": ("true or false", lambda value: isinstance(value, bool)),
 }
+# Not in the checkpoints of 0.1.0: the first batch after the resumption measures it.
+_ADDED_LATER = {"reading_scatter"}
 
 
 def _is_number(value: Any) -> bool:
@@ -77,7 +85,7 @@ def read_memory(numbers: Any) -> ControlMemory:
                 f"trainer_state.json holds {name}={value!r} in the entropy-control state, where {wanted} is needed."
             )
     for name in _RULES:
-        if name not in numbers:
+        if name not in numbers and name not in _ADDED_LATER:
             raise ValueError(
                 f"trainer_state.json holds no {name} in the entropy-control state; another version of entrocraft_trl "
                 "wrote it."

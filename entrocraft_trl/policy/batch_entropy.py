@@ -68,7 +68,16 @@ def sampling_totals(logps: torch.Tensor, mask: torch.Tensor, aggregation: str) -
 
 def entropy_sums(entropies: torch.Tensor, mask: torch.Tensor, aggregation: str) -> torch.Tensor:
     """
-    Sum and count whose ratio is the batch entropy; add them up over ranks before dividing.
+    Sum and count whose ratio is the batch entropy, `(2,)`; add them up over ranks before dividing.
+
+    Takes what `rollout_sums` takes.
+    """
+    return rollout_sums(entropies, mask, aggregation).sum(dim=0)
+
+
+def rollout_sums(entropies: torch.Tensor, mask: torch.Tensor, aggregation: str) -> torch.Tensor:
+    """
+    What each rollout adds to the sum and to the count whose ratio is the batch entropy.
 
     Args:
         entropies (`torch.Tensor` of shape `(B, T)`): Token entropies in nats.
@@ -77,17 +86,38 @@ def entropy_sums(entropies: torch.Tensor, mask: torch.Tensor, aggregation: str) 
             that hold a loss token.
 
     Returns:
-        `torch.Tensor` of shape `(2,)`, float32.
+        `torch.Tensor` of shape `(B, 2)`, float32.
     """
     mask = mask.bool()
     # Padding may hold NaN (an engine's unscored tokens); multiplying by a zero mask would keep it.
-    values = torch.where(mask, entropies.float(), 0.0)
-    tokens = mask.sum(dim=1)
+    sums = torch.where(mask, entropies.float(), 0.0).sum(dim=1)
+    tokens = mask.sum(dim=1).float()
     if aggregation == "token":
-        return torch.stack([values.sum(), tokens.sum().float()])
-    rows = tokens > 0
-    means = values.sum(dim=1) / tokens.clamp(min=1)
-    return torch.stack([means[rows].sum(), rows.sum().float()])
+        return torch.stack([sums, tokens], dim=1)
+    return torch.stack([sums / tokens.clamp(min=1), (tokens > 0).float()], dim=1)
+
+
+def reading_scatter(sums: torch.Tensor, num_generations: int) -> float:
+    """
+    Standard error of a batch's entropy in nats: how far the readings of fresh batches would lie apart.
+
+    Rollouts of one prompt are alike, so that groups are what was drawn independently: the linearised error of a ratio
+    of sums over clusters. With a single group, what its rollouts tell of each other has to do.
+
+    Args:
+        sums (`torch.Tensor` of shape `(N, 2)`): `rollout_sums` of all ranks' rollouts, group by group.
+        num_generations (`int`): Rollouts of a group.
+
+    Returns:
+        `float`: 0.0 for a single rollout, or without a loss token.
+    """
+    sums = sums.cpu().double()  # not every device has float64, and all ranks must come to the same number
+    clusters = sums.view(-1, num_generations, 2).sum(dim=1) if len(sums) > num_generations else sums
+    total, count = clusters.sum(dim=0)
+    if len(clusters) < 2 or not count:
+        return 0.0
+    residuals = clusters[:, 0] - total / count * clusters[:, 1]
+    return (residuals.square().sum() * len(clusters) / (len(clusters) - 1)).sqrt().item() / count.item()
 
 
 def unreadable_counts(readings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

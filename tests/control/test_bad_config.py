@@ -28,6 +28,7 @@ CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 # The choices of each field, by hand.
 ALLOWED = {
     "entropy_unit": ["initial", "nats"],
+    "entropy_width": ["given", "auto"],
     "entropy_schedule": ["linear", "cosine", "constant", "piecewise", "step"],
     "rejection_rule": ["advantage_sign", "entropy_change", "influence"],
     "rejected_rollouts": ["drop", "zero_advantage"],
@@ -316,10 +317,11 @@ def test_every_valid_config_trains_a_step(model, values):
     assert trainer.state.global_step == 1
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     (entropy,) = tiny.history(trainer, "entrocraft/entropy")
+    (scatter,) = tiny.history(trainer, "entrocraft/reading_scatter")
     scale = entropy if values["entropy_unit"] == "initial" else 1.0
-    low, high = band_at_the_start(values)
-    assert tiny.history(trainer, "entrocraft/entropy_low") == pytest.approx([low * scale])
-    assert tiny.history(trainer, "entrocraft/entropy_high") == pytest.approx([high * scale])
-    assert tiny.history(trainer, "entrocraft/direction") == [
-        float(entropy > high * scale) - float(entropy < low * scale)
-    ]
+    low, high = (edge * scale for edge in band_at_the_start(values))
+    if values["entropy_width"] == "auto":
+        low, high = max((low + high) / 2 - 2 * scatter, 0.0), (low + high) / 2 + 2 * scatter
+    assert tiny.history(trainer, "entrocraft/entropy_low") == pytest.approx([low])
+    assert tiny.history(trainer, "entrocraft/entropy_high") == pytest.approx([high])
+    assert tiny.history(trainer, "entrocraft/direction") == [float(entropy > high) - float(entropy < low)]

@@ -51,3 +51,8 @@ def test_the_shape_of_the_schedule_is_said():
     args = tiny.build_config(entropy_schedule="cosine")
     assert "schedule: `cosine`." in card.describe_control(args)[-1]
     assert "schedule: given by a function." in card.describe_control(args, own_band=True)[-1]
+
+
+def test_a_width_that_follows_the_scatter_is_said():
+    (sentence,) = card.describe_control(tiny.build_config(entropy_width="auto"))[-1:]
+    assert sentence.endswith("width: four times the scatter of one reading.")

@@ -159,6 +159,7 @@ def test_defaults(config_class):
     config = config_class("run", **CPU)
     assert (config.entropy_low, config.entropy_high) == ([0.9, 0.15], [1.05, 0.3])
     assert (config.entropy_unit, config.entropy_schedule) == ("initial", "linear")
+    assert config.entropy_width == "given"
     assert config.entropy_knots is None and config.entropy_schedule_steps is None
     assert (config.rejection_rule, config.rejected_rollouts) == ("advantage_sign", "drop")  # the paper's own method
     assert (config.out_of_band_advantages, config.reward_coding) == ("estimator", "plus_minus_one")
@@ -198,6 +199,7 @@ GOOD = {
     "entropy_low": [0.4, 0.2],
     "entropy_high": [0.5, 0.3],
     "entropy_unit": "nats",
+    "entropy_width": "auto",
     "entropy_schedule": "cosine",
     "entropy_schedule_steps": 100,
     "rejection_rule": "entropy_change",

@@ -102,8 +102,9 @@ def test_what_is_kept_is_what_exact_gradients_say(case, band):
         trainer, batch, settings.get("entropy_aggregation", "token"), settings.get("loss_type") == "grpo"
     )
     low, high = settings["entropy_low"][0], settings["entropy_high"][0]
-    offset = rejection.integrate_offset(0.0, entropy, low, high)
-    least, most = rejection.allowed_change(entropy, low, high, offset=offset)
+    cushion = rejection.cushion_width(trainer.control_memory.reading_scatter)
+    offset = rejection.integrate_offset(0.0, entropy, low, high, cushion=cushion)
+    least, most = rejection.allowed_change(entropy, low, high, cushion=cushion, offset=offset)
     assert keep.tolist() == rejection.accept_by_entropy_change(scores, least, most).tolist()
     assert 0 < keep.sum() < ROWS
     by_sign = rejection.accept_by_advantage_sign(batch["advantages"], -1 if band != "above" else 1)

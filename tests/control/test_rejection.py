@@ -260,7 +260,7 @@ def test_a_band_of_no_width_pushes_fully_on_either_side(entropy, demand):
 
 
 INTEGRAL = {**CUSHION, "integral_gain": 0.02}
-controllers = pytest.mark.parametrize("controller", [INTEGRAL, {}], ids=["half gain", "trainer's own"])
+controllers = pytest.mark.parametrize("controller", [INTEGRAL, {"cushion": 0.05}], ids=["half gain", "trainer's own"])
 
 
 def allowed_change(entropy, low, high, controller, offset):

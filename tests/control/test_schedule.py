@@ -169,3 +169,20 @@ def test_check_band_function_reaches_both_ends():
     seen = []
     schedule.check_band_function(lambda progress: seen.append(progress) or (0.0, 1.0))
     assert seen[0] == 0.0 and seen[-1] == 1.0 and len(seen) == 101
+
+
+# --------------------------------------------------------------------------------------------------- width and scatter
+
+
+def test_a_band_of_another_width_keeps_its_centre_and_never_goes_below_zero():
+    assert schedule.Band(1.0, 1.2).of_width(0.6) == pytest.approx((0.8, 1.4))
+    assert schedule.Band(0.1, 0.3).of_width(0.6) == pytest.approx((0.0, 0.5))
+
+
+def test_the_running_scatter_is_the_root_of_a_running_mean_of_squares():
+    assert schedule.running_scatter(None, 0.3) == 0.3
+    assert schedule.running_scatter(0.1, 0.3) == pytest.approx(math.sqrt(0.9 * 0.01 + 0.1 * 0.09))
+    scatter = None
+    for _ in range(100):
+        scatter = schedule.running_scatter(scatter, 0.2)
+    assert scatter == pytest.approx(0.2)

@@ -539,10 +539,29 @@ def test_a_plain_config_is_refused_with_both_names():
         tiny.build_trainer(args=tiny.build_config(GRPOConfig))
 
 
-def test_the_band_is_unknown_before_the_first_measurement():
-    trainer = tiny.build_trainer(args=tiny.build_config())
-    with pytest.raises(RuntimeError, match="relative to the initial entropy"):
+@pytest.mark.parametrize("settings", [{}, {"entropy_unit": "nats", "entropy_width": "auto"}], ids=["unit", "width"])
+def test_the_band_is_unknown_before_the_first_measurement(settings):
+    trainer = tiny.build_trainer(args=tiny.build_config(**settings))
+    with pytest.raises(RuntimeError, match="follows from the first batch"):
         trainer.band_at(0.0)
+
+
+@pytest.mark.parametrize("unit", ["initial", "nats"])
+def test_an_automatic_width_is_four_scatters_around_the_middle(unit):
+    """The scatter of each step is made anew from the log: the running one of all batches so far."""
+    edges = {"entropy_low": [1.0, 0.6], "entropy_high": [1.1, 0.6]}
+    args = tiny.build_config(
+        entropy_width="auto", entropy_unit=unit, max_steps=4, rejection_rule="entropy_change", **edges
+    )
+    trainer = tiny.build_trainer(args=args)
+    trainer.train()
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    assert len({line["entrocraft/reading_scatter"] for line in log}) == 4
+    scale = log[0]["entrocraft/entropy"] if unit == "initial" else 1.0
+    for step, line in enumerate(log):
+        low, high = line["entrocraft/entropy_low"], line["entrocraft/entropy_high"]
+        assert high - low == pytest.approx(4 * line["entrocraft/reading_scatter"], rel=1e-6)
+        assert (low + high) / 2 == pytest.approx(scale * (1.05 - 0.45 * step / 4), rel=1e-6)
 
 
 def test_a_first_measurement_far_outside_an_absolute_band_warns_with_the_numbers():

@@ -67,6 +67,49 @@ def test_an_empty_batch_counts_nothing(aggregation):
     assert batch_entropy.entropy_sums(torch.ones(2, 3), torch.zeros(2, 3), aggregation).tolist() == [0.0, 0.0]
 
 
+# ------------------------------------------------------------------------------------------------ scatter of a reading
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_the_scatter_is_how_far_fresh_batches_lie_apart(aggregation):
+    """Against 2,000 batches drawn anew: prompts differ, rollouts of one prompt differ less, lengths go with both."""
+    groups, size, length = 8, 4, 12
+    rng = np.random.default_rng(0)
+
+    def draw():
+        level = rng.normal(2.0, 0.5, (groups, 1, 1))  # of a prompt
+        lengths = np.clip(rng.poisson(3 * level[..., 0]), 1, length).repeat(size, axis=1)
+        values = level + rng.normal(0.0, 0.2, (groups, size, length))
+        mask = np.arange(length) < lengths[..., None]
+        return (torch.tensor(array.reshape(-1, length), dtype=torch.float32) for array in (values, mask))
+
+    readings, scatters = [], []
+    for _ in range(2000):
+        sums = batch_entropy.rollout_sums(*draw(), aggregation)
+        total, count = sums.sum(dim=0).tolist()
+        readings.append(total / count)
+        scatters.append(batch_entropy.reading_scatter(sums, size))
+    # The linearised error of a ratio over 8 clusters comes out a tenth too small at most.
+    assert np.sqrt(np.mean(np.square(scatters))) == pytest.approx(np.std(readings), rel=0.1)
+    assert batch_entropy.reading_scatter(sums, 1) < 0.7 * np.std(readings), "the case cannot tell groups from rollouts"
+
+
+def test_the_scatter_in_numbers():
+    """Two groups of two: sums 4 and 9 over 2 and 3 tokens, mean 13 / 5; residuals -1.2 and 1.2."""
+    sums = torch.tensor([[1.0, 1.0], [3.0, 1.0], [4.0, 2.0], [5.0, 1.0]])
+    assert batch_entropy.reading_scatter(sums, 2) == pytest.approx(math.sqrt(2 * (1.2**2 + 1.2**2)) / 5)
+
+
+def test_one_group_is_judged_by_its_rollouts():
+    sums = torch.tensor([[1.0, 1.0], [3.0, 1.0]])
+    assert batch_entropy.reading_scatter(sums, 2) == pytest.approx(math.sqrt(2 * (1.0 + 1.0)) / 2)
+
+
+@pytest.mark.parametrize("sums", [[[2.0, 3.0]], [[0.0, 0.0], [0.0, 0.0]]], ids=["one rollout", "no loss token"])
+def test_nothing_to_compare_scatters_by_nothing(sums):
+    assert batch_entropy.reading_scatter(torch.tensor(sums), 1) == 0.0
+
+
 def test_half_precision_is_summed_in_float32():
     values = torch.full((8, 1024), 1.001, dtype=torch.bfloat16)
     total, count = batch_entropy.entropy_sums(values, torch.ones(8, 1024), "token").tolist()
