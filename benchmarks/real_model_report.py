@@ -76,13 +76,14 @@ def write_report(records: list[dict], start: dict[str, float] | None, band: tupl
 
 
 def table(rows: list[dict], start: dict[str, float] | None) -> str:
-    lines = ["| policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [
+        "| policy | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
     if start:
         rows = [{"method": "start", "final_entropy": start["entropy"], **start}, *rows]
     for row in rows:
-        cells = [
-            "–" if row.get(name) is None else pattern.format(row[name]) for name, (_, pattern) in COLUMNS.items()
-        ]
+        cells = ["–" if row.get(name) is None else pattern.format(row[name]) for name, (_, pattern) in COLUMNS.items()]
         lines.append(f"| {NAMES[row['method']]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

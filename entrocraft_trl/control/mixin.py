@@ -112,7 +112,7 @@ class EntropyControlMixin(PolicyReadingMixin):
 
     @property
     def reads_expected_term(self) -> bool:
-        return self.args.rejection_rule == "entropy_change"
+        return self.args.rejection_rule != "advantage_sign"
 
     def band_at(self, progress: float) -> schedule.Band:
         """
@@ -256,16 +256,16 @@ class EntropyControlMixin(PolicyReadingMixin):
         if (least, most) == (-1.0, 1.0):
             return all_of_them, allowed
         weights = loss_inputs.token_weights(mask, loss_inputs.loss_normaliser(type(self), self.args))
+        sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
+        scores = rejection.entropy_change_scores(advantages, sampled, tokens.expected, mask, weights)
+        scores = self.accelerator.gather(scores)
         if self.args.rejection_rule == "influence":
             of_all_ranks = self.accelerator.gather(advantages)
             if not of_all_ranks.any():
                 return all_of_them, allowed
-            scores = self.accelerator.gather(self._influence_scores(batch, advantages, mask, weights, tokens, totals))
+            influence = self._influence_scores(batch, advantages, mask, weights, tokens, totals)
+            scores = rejection.both_scores(scores, self.accelerator.gather(influence))
             allowed["influence_agrees"] = diagnosis.share_of_one_sign(scores, of_all_ranks)
-        else:
-            sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
-            scores = rejection.entropy_change_scores(advantages, sampled, tokens.expected, mask, weights)
-            scores = self.accelerator.gather(scores)
         keep = rejection.accept_by_entropy_change(scores, least, most)
         first = self.accelerator.process_index * len(advantages)
         return keep[first : first + len(advantages)], allowed

@@ -73,6 +73,21 @@ def influence_scores(
     return -weights * advantages * derivatives
 
 
+def both_scores(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """
+    What a rollout does to the entropy of its own contexts, and what it does through the parameters that all share.
+
+    Each counts in units of its mean size, since their steps differ. Influence alone steers, and learns little: it
+    rejects the right answers that the batch agrees on, rare or not. S - N spares the rare ones.
+
+    Args:
+        own, shared (`torch.Tensor` of shape `(N,)`): `entropy_change_scores` and `influence_scores` of all ranks'
+            rollouts.
+    """
+    smallest = torch.finfo(own.dtype).tiny
+    return own / own.abs().mean().clamp(min=smallest) + shared / shared.abs().mean().clamp(min=smallest)
+
+
 # Edges push from one cushion inside the band on. Thinner, readings jump across it; thicker, the middle of a wide band,
 # where nothing is rejected, is lost. The gains are those of benchmarks/control.
 _CUSHION_SCATTERS, _GAIN, _INTEGRAL_GAIN = 2.5, 1.0, 0.02

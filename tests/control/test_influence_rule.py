@@ -57,7 +57,10 @@ def judged(trainer_class=RecordingGRPO, lora=False, **settings):
 
 
 def exact_scores(trainer, batch, aggregation, row_means):
-    """`-A_i <G, grad log pi(y_i)>` from raw logits, log pi the sum or, for row means, the mean of the log-probs."""
+    """
+    From raw logits: `-A_i <G, grad log pi(y_i)>`, log pi the sum or, for row means, the mean of the log-probs, in
+    units of its mean size; and as much of `A_i sum (S - N)`, or mean.
+    """
     causal_lm = trainer._causal_lm()
     forward = type(causal_lm).forward  # without TRL's fused head
     trainer.model.eval()
@@ -79,7 +82,12 @@ def exact_scores(trainer, batch, aggregation, row_means):
 
     g = gradient(entropy)
     products = torch.stack([gradient(value) @ g for value in values])
-    return -batch["advantages"] * products.float(), entropy.item()
+    p, h = log_p.exp().detach(), entropies.detach()
+    n = (p.square() * (log_p.detach() + h.unsqueeze(-1))).sum(-1)
+    s = p.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1) * (logps.detach() + h)
+    margins = ((s - n) * mask).sum(1) / (mask.sum(1) if row_means else 1)
+    shared, own = -batch["advantages"] * products.float(), batch["advantages"] * margins
+    return shared / shared.abs().mean() + own / own.abs().mean(), entropy.item()
 
 
 CASES = {
@@ -221,6 +229,14 @@ def test_scores_take_the_place_of_those_of_the_entropy_change_rule():
     assert scores.tolist() == [-6.0, 0.5, 0.0]
     assert rejection.accept_by_entropy_change(scores, 1.0, 1.0).tolist() == [True, False, True]  # a rise is wanted
     assert torch.equal(rejection.influence_scores(advantages, derivatives, torch.tensor(0.5)), scores / 2)
+
+
+def test_both_scores_count_alike_whatever_their_units():
+    own, shared = torch.tensor([1.0, -3.0, 2.0]), torch.tensor([30.0, 20.0, 10.0])
+    both = rejection.both_scores(own, shared)
+    assert both.tolist() == pytest.approx([0.5 + 1.5, -1.5 + 1.0, 1.0 + 0.5])
+    assert torch.equal(rejection.both_scores(own * 8, shared / 4), both)
+    assert torch.equal(rejection.both_scores(own * 0, shared), shared / 20)
 
 
 def test_share_of_one_sign_counts_rollouts_with_an_advantage():
