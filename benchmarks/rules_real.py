@@ -135,6 +135,7 @@ def measure(adapter: str | None) -> dict[str, Any]:
     trainer, seen = observed_trainer(adapter)
     batches = iter(trainer.get_train_dataloader())
     trainer.model.train()
+    trainer.state.max_steps = 1  # the horizon of the schedule, which `train` would set
     for _ in range(2):  # the second one is the fresh batch
         trainer._generate_and_score_completions(next(batches))
     here, fresh = seen
