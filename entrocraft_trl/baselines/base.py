@@ -8,6 +8,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..config_values import number
 from ..credentials import CredentialsMixin
+from ..microbatches.config import MicroBatchConfig
 from ..services import Services
 
 
@@ -16,10 +17,10 @@ CLIPPED_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
 
 
 @dataclass
-class BaselineConfig(CredentialsMixin, GRPOConfig):
+class BaselineConfig(CredentialsMixin, MicroBatchConfig, GRPOConfig):
     """
-    [`~trl.GRPOConfig`] that refuses what its method does not use, where TRL's own variants of GRPO ignore it. No field
-    is added.
+    [`~trl.GRPOConfig`] that refuses what its method does not use, where TRL's own variants of GRPO ignore it. The only
+    field that is added is `compute_all_rows` of [`MicroBatchConfig`].
     """
 
     def __post_init__(self):
