@@ -43,12 +43,12 @@ class MicroBatchMixin:
 
     _told_all_rows: str | None = None
     _dropout: tuple[torch.nn.Module, str | None] | None = None  # of which model, and which
-    _in_preparation = 0.0  # seconds of the micro-step under way
-    _in_update = 0.0  # seconds of the optimizer step under way
+    _seconds_preparing = 0.0  # seconds of the micro-step under way
+    _seconds_updating = 0.0  # seconds of the optimizer step under way
 
     def __init__(self, *args, **kwargs):
-        self._window: list[tuple[dict[str, list[float]], Share]] = []  # metrics of the window under way
-        self._seconds: dict[str, float] = defaultdict(float)  # of the preparation under way
+        self._window_metrics: list[tuple[dict[str, list[float]], Share]] = []  # metrics of the window under way
+        self._preparing_seconds: dict[str, float] = defaultdict(float)  # of the preparation under way
         super().__init__(*args, **kwargs)
 
     # --------------------------------------------------------------------------------------------------- micro-batches
@@ -57,27 +57,33 @@ class MicroBatchMixin:
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         before, start = self._buffered_inputs, time.perf_counter()
-        self._seconds.clear()  # of evaluations in between
+        self._preparing_seconds.clear()  # of evaluations in between
         inputs = super()._prepare_inputs(generation_batch)
         is_new = self._buffered_inputs is not before  # one that a checkpoint held is as it was made up then
         if is_new:
             self._buffered_inputs = self._repacked(self._buffered_inputs)
             inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        self._in_preparation = time.perf_counter() - start
+        self._seconds_preparing = time.perf_counter() - start
         if is_new:
             self._log_preparation()
         if not inputs:
             raise _NothingToCompute
         return inputs
 
-    def _repacked(self, buffer: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The micro-batches of a generation batch, made up anew if that is exact."""
-        why = None if self._wants("all") else why_all_rows(self) or self._why_dropout()
+    def computes_all_rows(self) -> bool:
+        """Whether every row is computed because of the class, the settings or the model, whatever it holds."""
+        if self._wants("all"):
+            return True
+        why = why_all_rows(self) or self._why_dropout()
         if why:
             self._tell_all_rows(why)
+        return why is not None
+
+    def _repacked(self, buffer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches of a generation batch, made up anew if that is exact."""
         # In a step that an epoch cuts short, who knows which micro-batch is the last.
         cut_short = self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps
-        if self._wants("all") or why or cut_short:
+        if self.computes_all_rows() or cut_short:
             self._log_shares(1.0, 1.0)
             return buffer
         facts = torch.cat([row_facts(inputs, kl_in_loss=kl_in_loss(self, inputs)) for inputs in buffer])
@@ -136,7 +142,7 @@ class MicroBatchMixin:
     # -------------------------------------------------------------------------------------------------------- the step
 
     def training_step(self, *args, **kwargs):
-        start, self._in_preparation = time.perf_counter(), 0.0
+        start, self._seconds_preparing = time.perf_counter(), 0.0
         try:
             loss = super().training_step(*args, **kwargs)
         except _NothingToCompute:
@@ -149,10 +155,10 @@ class MicroBatchMixin:
             self._step += 1
             # TRL's own measure of a step; it may be this one that has generated.
             self._current_train_step_time += time.perf_counter() - start
-        self._in_update += time.perf_counter() - start - self._in_preparation
+        self._seconds_updating += time.perf_counter() - start - self._seconds_preparing
         if self.accelerator.sync_gradients:
-            self._metrics["train"][metric_names.SECONDS_UPDATE].append(self._in_update)
-            self._in_update = 0.0
+            self._metrics["train"][metric_names.SECONDS_UPDATE].append(self._seconds_updating)
+            self._seconds_updating = 0.0
         return loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -168,24 +174,30 @@ class MicroBatchMixin:
             if name in metrics:
                 fresh[name] = metrics[name][before.get(name, 0) :]
                 del metrics[name][before.get(name, 0) :]
-        self._window.append((fresh, share))
+        self._window_metrics.append((fresh, share))
         if share.last:
-            self._log_restored("old_logps" in inputs)
+            self._log_restored(inputs)
         return loss
 
-    def _log_restored(self, of_sequences: bool) -> None:
+    def _log_restored(self, inputs: dict[str, Any]) -> None:
         """One number for the window in place of one for each of its micro-batches."""
-        of_sequences = of_sequences or self.args.importance_sampling_level == "sequence"
-        window, self._window = self._window, []
+        of_sequences = "old_logps" in inputs or self.args.importance_sampling_level == "sequence"
+        window, self._window_metrics = self._window_metrics, []
         for name in window[0][0]:
             values = [(value, share) for fresh, share in window for value in fresh[name]]
             if not values:
                 continue
             value = restored(name, *zip(*values, strict=True), of_sequences=of_sequences)
-            self._metrics["train"][name].append(self.metric_of_all_rows(name) if math.isnan(value) else value)
+            self._metrics["train"][name].append(self.metric_of_all_rows(name, inputs) if math.isnan(value) else value)
 
-    def metric_of_all_rows(self, name: str) -> float:
-        """A metric of TRL's over rows of which some were not computed, if this trainer knows it otherwise; or NaN."""
+    def metric_of_all_rows(self, name: str, inputs: dict[str, Any]) -> float:
+        """
+        What to log as TRL's metric `name` where it would have to count rows that were not computed; NaN: nothing.
+
+        Args:
+            name (`str`): One of [`metrics.RESTORED`].
+            inputs (`dict`): Loss inputs of the window's last micro-batch.
+        """
         return math.nan
 
     # ---------------------------------------------------------------------------------------------------------- clocks
@@ -196,7 +208,7 @@ class MicroBatchMixin:
         try:
             yield
         finally:
-            self._seconds[what] += time.perf_counter() - start
+            self._preparing_seconds[what] += time.perf_counter() - start
 
     def _generate(self, *args, **kwargs):
         with self._timed("generation"):
@@ -207,9 +219,9 @@ class MicroBatchMixin:
             return super()._calculate_rewards(*args, **kwargs)
 
     def _log_preparation(self) -> None:
-        generation, rewards = self._seconds["generation"], self._seconds["rewards"]
+        generation, rewards = self._preparing_seconds["generation"], self._preparing_seconds["rewards"]
         self._metrics["train"][metric_names.SECONDS_GENERATION].append(generation)
-        self._metrics["train"][metric_names.SECONDS_READING].append(self._in_preparation - generation - rewards)
+        self._metrics["train"][metric_names.SECONDS_READING].append(self._seconds_preparing - generation - rewards)
 
     def _log_shares(self, rows: float, tokens: float) -> None:
         self._metrics["train"][metric_names.COMPUTED_ROWS].append(rows)

@@ -66,12 +66,17 @@ def row_facts(inputs: dict[str, Any], *, kl_in_loss: bool) -> torch.Tensor:
     widths = [inputs["prompt_ids"].size(1), inputs["completion_ids"].size(1)]
     columns = [
         carries.long() if is_sliceable(inputs) else torch.full_like(carries, UNSLICEABLE, dtype=torch.long),
-        inputs["prompt_mask"].sum(dim=1),
-        inputs["completion_mask"].sum(dim=1),
+        _span(inputs["prompt_mask"].flip(1)),  # padded on the left
+        _span(inputs["completion_mask"]),
         mask.sum(dim=1),
         *(torch.full_like(carries, width, dtype=torch.long) for width in widths),
     ]
     return torch.stack([column.long() for column in columns], dim=1)
+
+
+def _span(mask: torch.Tensor) -> torch.Tensor:
+    """Columns up to and with the last token of each row, `(B,)`: a mask may have holes."""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(dim=1)
 
 
 def rows_from_facts(facts: Sequence[Sequence[int]]) -> tuple[list[Row], tuple[int, int]]:

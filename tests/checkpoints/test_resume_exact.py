@@ -18,7 +18,7 @@ from entrocraft_trl.checkpoints.resume import plain
 
 
 BAND = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # multiples of the first entropy; soon left
-CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+CLOCK = tiny.CLOCK
 # Of this call to `train` alone, by transformers' definition.
 OF_THE_CALL = ("train_loss",)
 TWO_STEPS_A_BLOCK = {"per_device_train_batch_size": 4, "steps_per_generation": 2}
