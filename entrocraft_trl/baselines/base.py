@@ -112,10 +112,9 @@ class BaselineTrainer(PolicyReadingMixin, Services, GRPOTrainer):
     def _entropy_if_read(self, batch: dict[str, Any], heard: Heard) -> torch.Tensor:
         """Mean over the loss tokens of all ranks in nats, `()`; NaN if it would take a pass, or without a token."""
         mask = loss_mask(batch)
-        if heard.not_recorded:
+        reading = None if heard.not_recorded else reading_of_rollouts(heard.turns, batch, mask)
+        if reading is None:
             reading = find_policy_pass(heard.passes, batch, batch["completion_mask"])
-        else:
-            reading = reading_of_rollouts(heard.turns, batch, mask)
         sums = torch.tensor([torch.nan, torch.nan], device=mask.device)
         if reading is not None:
             sums = entropy_sums(reading.entropies, mask, "token")
