@@ -177,7 +177,7 @@ def test_twice_resumed():
 
 
 def test_without_the_file_resuming_is_trls(caplog):
-    settings = TWO_STEPS_A_BLOCK | {"band": tiny.WIDE_OPEN}
+    settings = TWO_STEPS_A_BLOCK | {"band": {**tiny.WIDE_OPEN, "compute_all_rows": True}}
     run("whole", **settings)
     theirs = run(
         "theirs", "whole/checkpoint-3", trainer_class=GRPOTrainer, **settings
@@ -191,7 +191,7 @@ def test_without_the_file_resuming_is_trls(caplog):
 
 
 def test_checkpoint_of_plain_trl():
-    settings = TWO_STEPS_A_BLOCK | {"band": tiny.WIDE_OPEN}
+    settings = TWO_STEPS_A_BLOCK | {"band": {**tiny.WIDE_OPEN, "compute_all_rows": True}}
     run("plain", trainer_class=GRPOTrainer, **settings)
     theirs = run("theirs", "plain/checkpoint-3", trainer_class=GRPOTrainer, **settings)
     ours = run("ours", "plain/checkpoint-3", **settings)
