@@ -15,6 +15,7 @@ from worker import WORLD, full_parameters, reorder
 
 from entrocraft_trl import EntrocraftGRPOTrainer
 from entrocraft_trl.baselines.base import BaselineTrainer
+from entrocraft_trl.checkpoints.rank_file import read_rank_file
 
 
 # Rewards of a group of eight that crosses the ranks; step 3 has no gradient on any of them. Of advantages of one size,
@@ -45,20 +46,20 @@ RUNS = {
 }
 
 
-def train(name: str, compute_all_rows: bool | None):
-    """One run. A generation has eight rows of each rank's micro-step, whatever the settings."""
+def train(name: str, compute_all_rows: bool | None, folder: str = "run", resume: str | None = None, **saving):
+    """One run; its optimizer steps or its generations are those of `PLAN`, eight rollouts each."""
     trainer_class, settings = RUNS[name]
     settings = {**SPLIT, "learning_rate": 0.05, **settings}
     band = {"entropy_unit": "nats"} if trainer_class is EntrocraftGRPOTrainer else {}
     args = tiny.build_config(
         trainer_class._config_class,
-        output_dir=str(part_folder(__name__) / "run"),
+        output_dir=str(part_folder(__name__) / folder),
         max_steps=cases.STEPS,
         num_generations=cases.ROWS,
         per_device_train_batch_size=cases.ROWS // settings.get("steps_per_generation", 4) // WORLD,
         dataloader_pin_memory=False,
         compute_all_rows=compute_all_rows,
-        **{**band, **settings},
+        **{**band, **settings, **saving},
     )
     plan = {"entropy_band": lambda progress: PLAN[min(int(progress * cases.STEPS + 0.5), cases.STEPS - 1)][0]}
     trainer = tiny.build_trainer(
@@ -69,7 +70,7 @@ def train(name: str, compute_all_rows: bool | None):
         **(plan if band else {}),
     )
     with patch.object(grpo_trainer, "shuffle_sequence_dict", lambda rows: reorder(rows, in_order())):
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     return trainer, full_parameters(trainer)
 
 
@@ -88,4 +89,19 @@ def run(backend: str, reference: str):
                 key: tiny.history(trainer, key)
                 for key in ("grad_norm", "loss", "num_tokens", "entrocraft/computed_rows", "clip_ratio/region_mean")
             }
-    return trainer.accelerator, found
+    # A checkpoint in the middle of a generation batch, with a spare among what is left of it.
+    saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    whole, expected = train("two_windows", None, "whole", **saving)
+    rank = whole.accelerator.process_index
+    left = read_rank_file(folder / "whole" / "checkpoint-3" / f"entrocraft_rank_{rank}.pt")["buffered_inputs"]
+    resumed, parameters = train("two_windows", None, "resumed", str(folder / "whole" / "checkpoint-3"), **saving)
+    found["resumed"] = {
+        "spares": left.count({}),
+        "difference": max(float(np.abs(parameters[name] - expected[name]).max()) for name in expected),
+        "logs": [[line_of(line) for line in trainer.state.log_history] for trainer in (resumed, whole)],
+    }
+    return whole.accelerator, found
+
+
+def line_of(line: dict) -> dict:
+    return {key: value for key, value in line.items() if key not in (*tiny.CLOCK, "train_loss")}

@@ -51,3 +51,13 @@ def test_rows_were_left_out_and_two_steps_were_empty(launched, name):
         assert some["entrocraft/computed_rows"] == ranks[0][f"{name}-some"]["entrocraft/computed_rows"]
         if name in ("sgd", "adamw", "rows", "bnpo", "clipped", "baseline"):
             assert [norm == 0.0 for norm in some["grad_norm"]] == [False, False, True, False, False, True]
+
+
+def test_a_run_resumed_between_spares_is_the_uninterrupted_one(launched):
+    _, ranks, _ = launched
+    for found in ranks:
+        resumed = found["resumed"]
+        assert resumed["spares"] > 0, "nothing is put to the test"
+        assert resumed["difference"] == 0.0
+        ours, whole = resumed["logs"]
+        assert ours == whole
