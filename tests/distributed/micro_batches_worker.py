@@ -32,11 +32,12 @@ PLAN = [
 SPLIT = {"gradient_accumulation_steps": 4}
 RUNS = {
     "sgd": (EntrocraftGRPOTrainer, {}),
-    "adamw": (EntrocraftGRPOTrainer, {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1}),
+    "adamw": (
+        EntrocraftGRPOTrainer,
+        {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.1},
+    ),
     "rows": (EntrocraftGRPOTrainer, {"loss_type": "grpo", "gradient_checkpointing": True}),
     "bnpo": (EntrocraftGRPOTrainer, {"loss_type": "bnpo"}),
-    "clipped": (EntrocraftGRPOTrainer, {"max_grad_norm": 0.1}),
-    "two_iterations": (EntrocraftGRPOTrainer, {"num_iterations": 2, "learning_rate": 0.02}),
     "two_windows": (
         EntrocraftGRPOTrainer,
         {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "learning_rate": 0.02},
