@@ -12,8 +12,9 @@ from .microbatches.config import MicroBatchConfig
 class EntrocraftGRPOConfig(EntropyControlConfig, MicroBatchConfig, GRPOConfig):
     __doc__ = (
         "Configuration of [`EntrocraftGRPOTrainer`]: [`~trl.GRPOConfig`] and the fields below.\n"
-        + EntropyControlConfig.__doc__
-        + MicroBatchConfig.__doc__.split("Parameters:\n")[1]
+        + EntropyControlConfig.__doc__.rstrip()
+        + "\n"
+        + MicroBatchConfig.__doc__.partition("Parameters:")[2]
     )
 
 
@@ -21,8 +22,9 @@ class EntrocraftGRPOConfig(EntropyControlConfig, MicroBatchConfig, GRPOConfig):
 class EntrocraftRLOOConfig(EntropyControlConfig, MicroBatchConfig, RLOOConfig):
     __doc__ = (
         "Configuration of [`EntrocraftRLOOTrainer`]: [`~trl.RLOOConfig`] and the fields below.\n"
-        + EntropyControlConfig.__doc__
-        + MicroBatchConfig.__doc__.split("Parameters:\n")[1]
+        + EntropyControlConfig.__doc__.rstrip()
+        + "\n"
+        + MicroBatchConfig.__doc__.partition("Parameters:")[2]
     )
 
     def __post_init__(self):
