@@ -51,6 +51,8 @@ bench-control: $(VENV)/.installed
 
 bench-throughput: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.throughput_rows
+	$(BIN)/python -m benchmarks.throughput_rows --processes 2
 
 # A language model of 135M parameters, kept in ~/.cache/entrocraft_trl or ENTROCRAFT_CACHE: 93 MB to fetch, 542 MB kept.
 real-model: $(VENV)/.installed-real-model

@@ -194,6 +194,8 @@ def run(case: Case, arm: Arm) -> dict[str, float]:
         disable_tqdm=True,
         seed=0,
         **lengths,
+        # What reading costs: the update is that of plain GRPO. `throughput_rows_arm` has what it costs by default.
+        **({"compute_all_rows": True} if controlled else {}),
         **(arm.settings or {}),
     )
     clock = Clock()

@@ -5,21 +5,26 @@ from dataclasses import dataclass
 from trl import GRPOConfig, RLOOConfig
 
 from .control.config import EntropyControlConfig
+from .microbatches.config import MicroBatchConfig
 
 
 @dataclass
-class EntrocraftGRPOConfig(EntropyControlConfig, GRPOConfig):
+class EntrocraftGRPOConfig(EntropyControlConfig, MicroBatchConfig, GRPOConfig):
     __doc__ = (
         "Configuration of [`EntrocraftGRPOTrainer`]: [`~trl.GRPOConfig`] and the fields below.\n"
-        + EntropyControlConfig.__doc__
+        + EntropyControlConfig.__doc__.rstrip()
+        + "\n"
+        + MicroBatchConfig.__doc__.partition("Parameters:")[2]
     )
 
 
 @dataclass
-class EntrocraftRLOOConfig(EntropyControlConfig, RLOOConfig):
+class EntrocraftRLOOConfig(EntropyControlConfig, MicroBatchConfig, RLOOConfig):
     __doc__ = (
         "Configuration of [`EntrocraftRLOOTrainer`]: [`~trl.RLOOConfig`] and the fields below.\n"
-        + EntropyControlConfig.__doc__
+        + EntropyControlConfig.__doc__.rstrip()
+        + "\n"
+        + MicroBatchConfig.__doc__.partition("Parameters:")[2]
     )
 
     def __post_init__(self):

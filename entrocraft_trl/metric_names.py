@@ -23,3 +23,10 @@ ACCEPTED_TOKENS = key("accepted_tokens")
 EFFECTIVE_BATCH_SIZE = key("effective_batch_size")
 REJECTED_POSITIVE = key("rejected_positive")
 REJECTED_NEGATIVE = key("rejected_negative")
+
+# What the update computed, and how long it took: see `microbatches.metrics`.
+COMPUTED_ROWS = key("computed_rows")
+COMPUTED_TOKENS = key("computed_tokens")
+SECONDS_GENERATION = key("seconds_generation")
+SECONDS_READING = key("seconds_reading")
+SECONDS_UPDATE = key("seconds_update")

@@ -4,13 +4,17 @@ from .checkpoints.hub import HubUploadMixin
 from .checkpoints.resume import ExactResumeMixin
 from .data.checked_inputs import CheckedInputsMixin
 from .evaluation.during_training import EvaluationMetricsMixin
+from .microbatches.mixin import MicroBatchMixin
 from .reports.model_card import ModelCardMixin
 
 
-class Services(CheckedInputsMixin, EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin, ExactResumeMixin):
+class Services(
+    CheckedInputsMixin, EvaluationMetricsMixin, ModelCardMixin, HubUploadMixin, ExactResumeMixin, MicroBatchMixin
+):
     """
-    Checked rows and rewards, mean@n and pass@k in evaluations, a model card, uploads that never stop a training, and
-    checkpoints that are resumed exactly: for trainers of TRL's, before the trainer among the bases and after a method:
+    Checked rows and rewards, mean@n and pass@k in evaluations, a model card, uploads that never stop a training,
+    checkpoints that are resumed exactly, and updates that compute only rows with a gradient: for trainers of TRL's,
+    before the trainer among the bases and after a method:
 
     ```python
     class Mine(EntropyControlMixin, Services, MyGRPOTrainer): ...

@@ -1,25 +1,36 @@
 """What the configs of all rival methods check, and how their trainers are built."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from ..config_values import number
 from ..credentials import CredentialsMixin
+from ..microbatches.config import MicroBatchConfig
+from ..policy.batch_entropy import entropy_sums
+from ..policy.mixin import Heard, PolicyReadingMixin
+from ..policy.passes import find_policy_pass
+from ..policy.recorder import reading_of_rollouts
+from ..policy.tokens import loss_mask
 from ..services import Services
 
 
 # Losses that clip the importance ratio of each token. The methods are stated for these, with the mean over tokens.
 CLIPPED_LOSSES = ("dapo", "grpo", "bnpo", "dr_grpo")
 
+# Key among the loss inputs.
+SAMPLED_ENTROPY = "entrocraft_sampled_entropy"
+
 
 @dataclass
-class BaselineConfig(CredentialsMixin, GRPOConfig):
+class BaselineConfig(CredentialsMixin, MicroBatchConfig, GRPOConfig):
     """
-    [`~trl.GRPOConfig`] that refuses what its method does not use, where TRL's own variants of GRPO ignore it. No field
-    is added.
+    [`~trl.GRPOConfig`] that refuses what its method does not use, where TRL's own variants of GRPO ignore it. The only
+    field that is added is `compute_all_rows` of [`MicroBatchConfig`].
     """
 
     def __post_init__(self):
@@ -65,10 +76,13 @@ class BaselineConfig(CredentialsMixin, GRPOConfig):
         return self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) == 0
 
 
-class BaselineTrainer(Services, GRPOTrainer):
+class BaselineTrainer(PolicyReadingMixin, Services, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] with the services of this package: the ground that rival methods stand on, and plain GRPO in a
     comparison of methods.
+
+    TRL's `entropy` is a mean over what the update computes. Where that leaves rows out, the entropy of the policy that
+    sampled the generation batch is logged in its place, if it was recorded or TRL has read it anyway.
 
     Raises:
         TypeError: If `args` is not of the method's own config class, whose checks would then be left out.
@@ -86,6 +100,31 @@ class BaselineTrainer(Services, GRPOTrainer):
                 f"{type(self).__name__} needs args of type {self._config_class.__name__}, got {type(args).__name__}."
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+
+    def _generate_and_score_completions(self, inputs):
+        if not self.model.training or self.computes_all_rows():
+            return super()._generate_and_score_completions(inputs)
+        with nullcontext(self._heard) if self._heard else self.listening_to_policy() as heard:  # a method may listen
+            batch = super()._generate_and_score_completions(inputs)
+        # Among the loss inputs, so that it is saved with what is left of a generation batch.
+        return {**batch, SAMPLED_ENTROPY: self._entropy_if_read(batch, heard)}
+
+    def _entropy_if_read(self, batch: dict[str, Any], heard: Heard) -> torch.Tensor:
+        """Mean over the loss tokens of all ranks in nats, `()`; NaN if it would take a pass, or without a token."""
+        mask = loss_mask(batch)
+        reading = None if heard.not_recorded else reading_of_rollouts(heard.turns, batch, mask)
+        if reading is None:
+            reading = find_policy_pass(heard.passes, batch, batch["completion_mask"])
+        sums = torch.tensor([torch.nan, torch.nan], device=mask.device)
+        if reading is not None:
+            sums = entropy_sums(reading.entropies, mask, "token")
+        total, tokens = self.accelerator.reduce(sums, reduction="sum")
+        return total / tokens
+
+    def metric_of_all_rows(self, name, inputs):
+        if name == "entropy" and SAMPLED_ENTROPY in inputs:
+            return inputs[SAMPLED_ENTROPY].item()
+        return super().metric_of_all_rows(name, inputs)
 
     def log_training(self, name: str, value: float) -> None:
         """Add `value` to the metric `name` of the next log record of the training."""

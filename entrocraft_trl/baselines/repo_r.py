@@ -101,6 +101,9 @@ class REPORTrainer(StatefulMethodMixin, SampledPolicyMixin, LossPassMixin, Basel
             }"""),  # noqa: E501
     }
 
+    loss_normaliser = "loss_type"
+    zero_advantage_is_inert = True  # a token's advantage is multiplied with what depends on that token alone
+
     def starting_numbers(self) -> dict[str, float]:
         target = self.args.repo_target_entropy
         return {"zeta": self.args.repo_zeta, "target": UNKNOWN if target is None else target}

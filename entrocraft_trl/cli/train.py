@@ -214,10 +214,10 @@ def _band_lines(args: EntrocraftGRPOConfig, steps: int | None) -> list[str]:
 
 
 def _method_lines(args: GRPOConfig, method: str) -> list[str]:
-    """A rival method's name, and the fields that it adds to TRL's, one a line."""
-    from trl import GRPOConfig
+    """A rival method's name, and the fields that it adds to those of all methods, one a line."""
+    from ..baselines.base import BaselineConfig
 
-    added = [item.name for item in fields(args) if item.name not in GRPOConfig.__dataclass_fields__]
+    added = [item.name for item in fields(args) if item.name not in BaselineConfig.__dataclass_fields__]
     return [f"method           {method}", *(f"  {name:<22} {getattr(args, name)}" for name in added)]
 
 

@@ -7,8 +7,7 @@ checks them on the installed versions, in seconds and on the CPU, and prints a l
 moved. Most of them are private, so that a new minor version may move them without notice; and an override that nobody
 calls any more fails in silence.
 
-`names` has what can be seen from names and signatures, `behaviour` and `rivals` what takes a tiny run. Nothing
-imports this.
+`names` has what can be seen from names and signatures, the other files what takes a tiny run. Nothing imports this.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ def checks() -> dict[str, Callable[[], None]]:
     All checks by the name of their hook. A check returns nothing, or raises: [`names.HookMoved`], or whatever comes of
     using a hook that is gone.
     """
-    from . import behaviour, names, rivals
+    from . import behaviour, micro_batches, names, rivals
 
     found: dict[str, Callable[[], None]] = {}
     for (module, name), users in sorted(names.imports().items()):
@@ -34,9 +33,10 @@ def checks() -> dict[str, Callable[[], None]]:
             found[f"{trainer}.{method}"] = partial(names.check_override, trainer, method, use)
         for setting in (*names.SETTINGS, *(names.GRPO_SETTINGS if config == "GRPOConfig" else ())):
             found[f"{config}.{setting}"] = partial(names.check_setting, config, setting)
-        for check in behaviour.OF_BOTH:
+        for check in (*behaviour.OF_BOTH, *micro_batches.OF_BOTH):
             found[f"{trainer}: {check.__doc__}"] = partial(check, trainer, config)
-    return found | {check.__doc__: check for check in (*behaviour.OTHERS, *rivals.OTHERS)}
+    others = (*behaviour.OTHERS, *micro_batches.OTHERS, *rivals.OTHERS)
+    return found | {check.__doc__: check for check in others}
 
 
 def main() -> int:

@@ -245,7 +245,7 @@ def loss_types() -> None:
     """GRPOTrainer: loss types, each with its normaliser"""
     import trl
 
-    from ..control.loss_inputs import LOSS_TYPES
+    from ..normalisation import LOSS_TYPES
 
     theirs = set(re.findall(r'self\.loss_type == "(\w+)"', inspect.getsource(trl.GRPOTrainer._compute_loss)))
     theirs |= {name for name in LOSS_TYPES if f'"{name}"' in inspect.getsource(trl.GRPOTrainer._compute_loss)}

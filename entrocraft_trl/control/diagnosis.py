@@ -25,8 +25,9 @@ over `logging_steps`:
 What a batch does not have is left out: a margin where no rollout has that sign, margins and `rules_agree` where token
 entropies are not measured or only a part of the tokens trains.
 
-TRL's own `entropy` counts the tokens that are left after `drop`: read `entrocraft/entropy`. With `log_completions` the
-table of completions has a `kept` column, and its advantages are those that were used.
+TRL's own `entropy` counts the tokens that are left after `drop`, and is left out where rollouts without an advantage
+are not computed: read `entrocraft/entropy`. What the update computed is explained in `microbatches.metrics`. With
+`log_completions` the table of completions has a `kept` column, and its advantages are those that were used.
 """
 
 from typing import NamedTuple

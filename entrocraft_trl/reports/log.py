@@ -60,13 +60,13 @@ def _read_state(file: Path) -> dict[str, Any]:
 
 
 def values(log: Sequence[Record], key: str) -> list[Any]:
-    """What the records that have `key` hold there, in order."""
-    return [record[key] for record in log if key in record]
+    """What the records that have `key` hold there, in order; TRL writes `None` where nothing was measured."""
+    return [record[key] for record in log if record.get(key) is not None]
 
 
 def series(log: Sequence[Record], key: str) -> tuple[list[int], list[Any]]:
     """Optimizer steps and values of the records that have `key`, both `(N,)`; empty if none has."""
-    found = [record for record in log if key in record]
+    found = [record for record in log if record.get(key) is not None]
     return [record["step"] for record in found], values(found, key)
 
 

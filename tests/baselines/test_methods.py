@@ -17,7 +17,7 @@ ACTING = {
     "clip_v": {"clip_v_mu": 0.1, "clip_v_max_share": 0.2},
     "stare": {"stare_target_entropy": 9.0, "stare_positive_weight": 2.0},
 }
-CLOCK = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+CLOCK = {*tiny.CLOCK, "train_loss"}
 
 
 def sign_of_digits(completions, **kwargs) -> list[float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import killed_worker
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from soak import SOAK
@@ -24,7 +25,7 @@ from entrocraft_trl.checkpoints.manifest import checkpoint_folder, list_checkpoi
 
 PHASES = ("writing", "generation", "committing", "update", "deleting", "start")
 KILLS = 30 if SOAK else len(PHASES)
-CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+CLOCK = (*tiny.CLOCK, "train_loss")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from entrocraft_trl.cli.train import _train
 
 
 BAND = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # multiples of the first entropy; soon left
-CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+CLOCK = (*tiny.CLOCK, "train_loss")
 
 
 class SignalAt(TrainerCallback):

@@ -205,7 +205,7 @@ def test_zero_advantage_is_plain_grpo_with_zeroed_advantages(loss_type, beta, re
     for trainer_class, config_class, extra in (
         (Zeroed, GRPOConfig, {}),
         (EntrocraftGRPOTrainer, EntrocraftGRPOTrainer._config_class,
-         {**tiny.TOO_LOW, "rejected_rollouts": "zero_advantage"}),
+         {**tiny.TOO_LOW, "rejected_rollouts": "zero_advantage", "compute_all_rows": True}),
     ):  # fmt: skip
         trainer = build(trainer_class, config_class, settings, rollouts, reference_folder, **extra)
         recorders.append(Recorder())

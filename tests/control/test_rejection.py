@@ -12,6 +12,7 @@ from soak import profile
 from entrocraft_trl.control import loss_inputs, rejection
 from entrocraft_trl.control.advantages import unit_rewards
 from entrocraft_trl.control.schedule import Band
+from entrocraft_trl.normalisation import LOSS_TYPES
 from entrocraft_trl.policy.tokens import sampled_entropy_term
 
 
@@ -480,7 +481,7 @@ def test_the_predicted_net_change_is_that_of_the_losss_own_step(loss_type):
     h = entropy_of(logits.detach())
     terms = log_probabilities.exp() * (log_probabilities + h.unsqueeze(-1))
     s, n = terms.gather(-1, tokens).squeeze(-1), (log_probabilities.exp() * terms).sum(-1)
-    weights = loss_inputs.token_weights(mask, loss_inputs.LOSS_TYPES[loss_type])
+    weights = loss_inputs.token_weights(mask, LOSS_TYPES[loss_type])
     scores = rejection.entropy_change_scores(advantages, s, n, mask, weights)
     scale = {"dapo": mask.sum(), "grpo": 6, "sapo": 6, "dr_grpo": 240, "luspo": 6}[loss_type]  # of the whole batch
     assert -eta * scores.sum().item() / scale == pytest.approx(moved, rel=1e-3)

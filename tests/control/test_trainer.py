@@ -280,7 +280,10 @@ def test_all_completions_truncated_and_masked(settings, loss_type):
     tiny.assert_same_parameters(trainer.model, before)
     assert trainer.control_memory.initial_entropy is None
     logged = {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("entrocraft/")}
-    assert logged == {"entrocraft/empty_steps": 1.0}  # no NaN, which TRL's log turns into None
+    of_the_update = {key for key in logged if "/seconds_" in key or "/computed_" in key}
+    assert {key: logged[key] for key in logged if key not in of_the_update} == {
+        "entrocraft/empty_steps": 1.0
+    }  # no NaN, which TRL's log turns into None
 
 
 # ------------------------------------------------------------------------------------------------ the measured entropy

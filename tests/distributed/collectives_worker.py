@@ -74,7 +74,10 @@ RULES = {
     "advantage_sign_reward": {"out_of_band_advantages": "reward", "reward_coding": "zero_one"},
     "entropy_change": {"rejection_rule": "entropy_change"},
     "influence": {"rejection_rule": "influence"},
+    "some_rows": {"compute_all_rows": None},
 }
+# With some of the rows, TRL's own gathers are of as many.
+ALL_ROWS = {"entropy_unit": "nats", "compute_all_rows": True}
 
 
 def train(trainer_class, config_class, case: str, sampled: bool = False, **settings):
@@ -107,11 +110,11 @@ def run(backend: str, reference: str):
         steps, accepted = {"plain": plain.steps}, {}
         for rule, settings in RULES.items():
             case = "nothing_accepted" if rule == "advantage_sign_reward" else "drop"
-            trainer = train(Entrocraft, EntrocraftGRPOConfig, case, entropy_unit="nats", **settings)
+            trainer = train(Entrocraft, EntrocraftGRPOConfig, case, **{**ALL_ROWS, **settings})
             steps[rule] = trainer.steps
             accepted[rule] = tiny.history(trainer, "entrocraft/accepted_rollouts")
         sampled = {
             "plain": train(Plain, GRPOConfig, "drop", sampled=True).steps,
-            "recorded": train(Entrocraft, EntrocraftGRPOConfig, "drop", sampled=True, entropy_unit="nats").steps,
+            "recorded": train(Entrocraft, EntrocraftGRPOConfig, "drop", sampled=True, **ALL_ROWS).steps,
         }
     return trainer.accelerator, {"steps": steps, "accepted": accepted, "sampled": sampled}

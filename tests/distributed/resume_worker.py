@@ -26,7 +26,7 @@ from entrocraft_trl.checkpoints.manifest import list_checkpoints
 
 folder = part_folder(__name__)
 RANK = int(os.environ["RANK"])
-CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+CLOCK = (*tiny.CLOCK, "train_loss")
 REFUSED = ("broken-resumed", "half", "in-use")  # "half" starts once more, without resuming
 HOLDER = """
 import fcntl, sys

@@ -4,7 +4,8 @@ What entropy control adds to the communication of a generation batch: three sums
 One sum makes the entropy reading, one the counts of what was kept, and one, in each optimizer step, says whether any
 rollout teaches something; where the policy can be read while it samples, one more says whether that worked on every
 rank. The entropy-change rule, which ranks the rollouts of all ranks by score, gathers one float per rollout besides.
-Influence gathers two, and adds up a gradient: one sum a trainable parameter, of its size.
+Influence gathers two, and adds up a gradient: one sum a trainable parameter, of its size. To compute some of the rows
+only, each rank gathers six numbers a row.
 """
 
 from collections import Counter
@@ -43,7 +44,7 @@ def sums_of(calls: Counter) -> list[int]:
     return sorted(int(call.split()[1]) for call in calls.elements() if call.startswith("all_reduce "))
 
 
-@pytest.mark.parametrize("rule", ["plain", *RULES, "influence"])
+@pytest.mark.parametrize("rule", ["plain", *RULES, "influence", "some_rows"])
 def test_every_rank_makes_the_same_calls_in_the_same_order(ranks, rule):
     assert ranks[0]["steps"][rule] == ranks[1]["steps"][rule]
     assert len(ranks[0]["steps"][rule]) == cases.STEPS
@@ -66,6 +67,13 @@ def test_a_recorded_reading_adds_one_number_to_them(ranks):
             assert not Counter(plain) - Counter(step)
             assert set(added) == {call for call in added if call.startswith("all_reduce ")}
             assert len(sums_of(added)) == 4 and sums_of(added)[0] == 1
+
+
+def test_computing_some_rows_gathers_once_what_the_plan_has_to_know(ranks):
+    lengths = f"all_gather {6 * ROWS_OF_A_RANK}"
+    for some, every in zip(ranks[0]["steps"]["some_rows"], ranks[0]["steps"]["advantage_sign"], strict=True):
+        assert some.count(lengths) == 1 and lengths not in every
+        assert len(some) == len(every) + 1  # the others are as many, of numbers of fewer rows
 
 
 @pytest.mark.parametrize("rule", RULES)

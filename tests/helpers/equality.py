@@ -25,7 +25,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer import grpo_trainer, rloo_trainer
-from trl.trainer.utils import create_model_from_path
+from trl.trainer.utils import create_model_from_path, split_tensor_dict
 
 from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
 
@@ -190,15 +190,18 @@ def check(loss_type, settings, direction, reference_folder, *, lora=False, env_m
     )
     recorder = Recorder()
     ours.add_callback(recorder)
-    micro_keys = []
-    compute_loss = ours._compute_loss
+    buffers = []  # of each generation, the rows of each micro-batch as TRL splits them
 
-    def recording_compute_loss(model, inputs):
-        micro_keys.append([row_key(inputs, row) for row in range(len(inputs["completion_ids"]))])
-        return compute_loss(model, inputs)
+    def recording_split(batch, parts):
+        split = split_tensor_dict(batch, parts)
+        buffers.append([[row_key(part, row) for row in range(len(part["completion_ids"]))] for part in split])
+        return split
 
-    ours._compute_loss = recording_compute_loss
-    ours.train()
+    with patch.object(grpo_trainer, "split_tensor_dict", recording_split):
+        with patch.object(rloo_trainer, "split_tensor_dict", recording_split):
+            ours.train()
+    iterations = settings.get("num_iterations", 1)
+    micro_keys = [part for buffer in buffers for _ in range(iterations) for part in buffer]
 
     plain = build(plain_class, plain_config, settings, rollouts, reference_folder, lora, env_mask)
     plain.model.train()

@@ -65,8 +65,12 @@ def assert_same_step(trainer, batch, expected: torch.Tensor, rtol: float = 1e-5)
 def assert_trains_as_plain_grpo(
     trainer_class, settings, *, plain_class=GRPOTrainer, plain_settings=None, rewards=None, exact=True
 ) -> None:
-    """Both train on the same rollouts from the same start to the same parameters: bit for bit, or up to rounding."""
+    """
+    Both train on the same rollouts from the same start to the same parameters: bit for bit, with all rows computed in
+    TRL's order; or up to rounding.
+    """
     trained = []
+    settings = {"compute_all_rows": True, **settings} if exact else settings
     rewards = REWARDS if rewards is None else rewards
     for kind, chosen in ((trainer_class, settings), (plain_class, {**settings, **(plain_settings or {})})):
         known = getattr(kind, "_config_class", tiny.GRPOConfig).__dataclass_fields__

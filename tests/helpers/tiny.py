@@ -15,13 +15,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer
+from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer, metric_names
 
 
 CHARACTERS = "0123456789+-*=? abcdef"
 PAD, EOS = 0, 1
 FIRST_CHARACTER = 2  # ids 0 and 1 are padding and end of sequence
 VOCABULARY = FIRST_CHARACTER + len(CHARACTERS)
+
+# What a log line says of the clock: no two runs agree.
+CLOCK = (
+    *("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"),
+    *(metric_names.SECONDS_GENERATION, metric_names.SECONDS_READING, metric_names.SECONDS_UPDATE),
+)
 
 # Bands (nats) that force a direction, whatever the model's entropy is; its maximum is log(24) = 3.2 nats.
 TOO_LOW = {"entropy_low": [50.0], "entropy_high": [60.0], "entropy_unit": "nats"}  # direction -1: keep A <= 0
@@ -113,12 +119,15 @@ def build_trainer(trainer_class=EntrocraftGRPOTrainer, model=None, args=None, **
 def run_pair(
     settings, *, plain_class=GRPOTrainer, plain_config=GRPOConfig, ours=EntrocraftGRPOTrainer, band=None, **arguments
 ):
-    """Train plain TRL and Entrocraft on the same settings from the same model; returns both trainers."""
+    """
+    Train plain TRL and Entrocraft on the same settings from the same model; returns both trainers. All rows are
+    computed, in TRL's order: with some of them, or in another, sums are rounded otherwise.
+    """
     build = arguments.pop("model_builder", build_model)
     trainers = []
     for trainer_class, config_class, extra in (
         (plain_class, plain_config, {}),
-        (ours, ours._config_class, WIDE_OPEN if band is None else band),
+        (ours, ours._config_class, {"compute_all_rows": True, **(WIDE_OPEN if band is None else band)}),
     ):
         random.seed(0)
         np.random.seed(0)

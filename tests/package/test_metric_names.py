@@ -9,6 +9,7 @@ import tiny
 
 from entrocraft_trl import metric_names
 from entrocraft_trl.control import diagnosis
+from entrocraft_trl.microbatches import metrics
 
 
 ROOT = Path(metric_names.__file__).parents[1]
@@ -56,6 +57,7 @@ def test_every_metric_is_explained():
         trainer = tiny.build_trainer(args=tiny.build_config(max_steps=2, learning_rate=0.01, **settings), **arguments)
         trainer.train()
         logged |= {name for record in trainer.state.log_history for name in record}
-    explained = re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^- .*\n(?:  .*\n)*", diagnosis.__doc__, re.MULTILINE)))
+    text = diagnosis.__doc__ + metrics.__doc__
+    explained = re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^- .*\n(?:  .*\n)*", text, re.MULTILINE)))
     ours = {name for name in logged if name.startswith(metric_names.PREFIX)}
     assert {metric_names.key(name) for name in explained} == ours

@@ -16,7 +16,7 @@ HOME = Path(entrocraft_trl.__file__).parent
 
 # From the bottom up. A file may import what stands in a lower line, and its own wing; nothing else.
 LEVELS = [
-    {"atomic", "printable", "metric_names", "constructor", "credentials", "config_values"},
+    {"atomic", "printable", "metric_names", "constructor", "credentials", "config_values", "normalisation"},
     {"policy", "data", "tasks"},
     {"checkpoints", "reports", "evaluation", "control", "microbatches"},
     {"config"},  # TRL's configs with the fields of control
@@ -88,6 +88,7 @@ MAY_OVERRIDE = {
         *("init_hf_repo", "_push_from_checkpoint", "_finish_current_push", "push_to_hub"),  # the Hub
         *("train", "_run_epoch", "save_model", "_save_checkpoint", "_save_rng_state"),  # checkpoints
         *("training_step", "_get_grad_norm"),  # finite numbers
+        *("_prepare_inputs", "compute_loss", "_generate"),  # micro-batches, their weight, and clocks
     },
 }
 
@@ -116,7 +117,8 @@ def test_a_mixin_overrides_what_it_needs_and_no_more(mixin, until):
 def test_the_method_and_the_services_share_nothing():
     assert not set(EntropyControlMixin.__mro__) & set(Services.__mro__) - {object}
     method, services = ({n for n in dir(m) if not n.startswith("__")} for m in (EntropyControlMixin, Services))
-    assert not method & services - {"_config_class", "_name", "_paper", "_tag_names", "card_section"}
+    # Both weigh the loss in `compute_loss`, by keys of which a micro-batch has those of one: see `normalisation.py`.
+    assert not method & services - {"_config_class", "_name", "_paper", "_tag_names", "card_section", "compute_loss"}
 
 
 @pytest.mark.parametrize("trainer", [EntrocraftGRPOTrainer, EntrocraftRLOOTrainer])
