@@ -1,0 +1,115 @@
+"""A comparison from files to results: start, tuning, runs, table, JSON, figures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..atomic import write_atomically
+from ..reports.plots import save_figure
+from .drawing import DRAWN, draw_summary
+from .experiment import Experiment
+from .figures import Measured, measure
+from .jobs import Start, jobs_of, tuning_jobs
+from .table import caption, markdown, rows_of
+from .workers import measure_start, run_jobs, under_launcher
+
+
+def compare(
+    experiments: Sequence[Experiment], output_dir: Path, report: Path, workers: int = 0, progress: bool = True
+) -> str:
+    """
+    Run what is not done yet, and write table, JSON and figures.
+
+    Args:
+        experiments (`Sequence[Experiment]`): Their rows stand in one table each, one JSON and one summary.
+        output_dir (`Path`): Folder of the records and of runs under way, a folder for each experiment.
+        report (`Path`): Beginning of the paths of what is written: `.md`, `.json` and figures.
+        workers (`int`): Runs side by side; 0: what the files say.
+
+    Returns:
+        `str`: what `.md` holds.
+
+    Raises:
+        [`~workers.RunError`]: If runs failed.
+    """
+    parts, rows, content = [], [], {"starts": {}, "tuning": {}}
+    figures: dict[str, Any] = {}
+    for experiment in experiments:
+        folder = output_dir / experiment.name
+        start, tuning, records = run_experiment(experiment, folder, workers, progress)
+        found = rows_of(experiment, start, records)
+        rows += found
+        heading = f"## {experiment.name.replace('_', ' ')}\n\n" if len(experiments) > 1 else ""
+        parts.append(f"{heading}{caption(experiment, start)}\n\n{markdown(experiment, found)}")
+        if tuning:
+            parts.append(_told(experiment, tuning))
+        content["starts"][experiment.name] = {"entropy": start.entropy, **start.evaluation}
+        content["tuning"][experiment.name] = tuning
+        for name in experiment.report.figures:
+            figures[_figure_name(experiment, name, len(experiments))] = DRAWN[name](experiment, start, records)
+    if len(rows) > 1 and any(experiment.report.summary for experiment in experiments):
+        figures["_summary"] = draw_summary(experiments, rows)
+    text = "\n".join(parts)
+    if not under_launcher() or PartialState().is_main_process:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        for suffix, written in ((".json", json.dumps({**content, "rows": rows}, indent=1) + "\n"), (".md", text)):
+            path = report.with_name(report.name + suffix)
+            write_atomically(path, lambda stream, written=written: stream.write(written.encode()))
+        for name, figure in figures.items():
+            save_figure(figure, report.with_name(f"{report.name}{name}.png"))
+    return text
+
+
+def run_experiment(
+    experiment: Experiment, folder: Path, workers: int = 0, progress: bool = True
+) -> tuple[Start, dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """The start, what tuning tried, by arm, and the records of all runs for the table."""
+    workers = workers or experiment.workers
+    start = measure_start(experiment, folder)
+    tried = tuning_jobs(experiment, start)
+    tuning: dict[str, list[dict[str, Any]]] = {}
+    for job, record in zip(tried, run_jobs(tried, folder, workers, progress) if tried else [], strict=True):
+        value = _score(experiment, start, record)
+        tuning.setdefault(job.arm.name, []).append({"settings": dict(job.more), "value": value, "chosen": False})
+    chosen = {}
+    for name, candidates in tuning.items():
+        best = choose(candidates, experiment.tuning.best)
+        best["chosen"] = True
+        chosen[name] = best["settings"]
+    return start, tuning, run_jobs(jobs_of(experiment, start, chosen), folder, workers, progress)
+
+
+def choose(candidates: Sequence[dict[str, Any]], best: str) -> dict[str, Any]:
+    """The candidate of the best value, the first of equal ones; one without a value comes last."""
+    sign = 1.0 if best == "smallest" else -1.0
+    return min(candidates, key=lambda c: float("inf") if c["value"] is None else sign * c["value"])
+
+
+def _score(experiment: Experiment, start: Start, record: dict[str, Any]) -> float | None:
+    plan = experiment.bands.get(experiment.tuning.band)
+    knots = plan and plan.knots(start.entropy)
+    run = Measured(record, knots, plan and plan.jump, experiment.report.skip)
+    return measure(run)[experiment.tuning.by]
+
+
+def _told(experiment: Experiment, tuning: dict[str, list[dict[str, Any]]]) -> str:
+    """Which settings were tried and taken, in a line a method."""
+    figure, seed = experiment.tuning.by.replace("_at_n", f"@{experiment.evaluation.samples}"), experiment.tuning.seed
+    lines = [f"Tuned on seed {seed}, {experiment.tuning.best} {figure}; the settings that were taken are in bold:", ""]
+    for name, candidates in tuning.items():
+        words = []
+        for candidate in candidates:
+            settings = ", ".join(f"{key} {value}" for key, value in candidate["settings"].items()) or "as it is"
+            value = "–" if candidate["value"] is None else f"{candidate['value']:.3g}"
+            words.append(f"**{settings}** ({value})" if candidate["chosen"] else f"{settings} ({value})")
+        lines.append(f"- {name}: " + "; ".join(words))
+    return "\n".join(lines) + "\n"
+
+
+def _figure_name(experiment: Experiment, name: str, experiments: int) -> str:
+    """What comes after the report's name: nothing for the one figure of one experiment."""
+    which = f"_{experiment.name}" if experiments > 1 else ""
+    return which + ("" if name == experiment.report.figures[0] else f"_{name}")
