@@ -31,7 +31,7 @@ DEFAULT_COLUMNS = ("mean_at_n", "pass_at_n", "distinct_correct", "final_entropy"
 
 def read_experiment(file: str | os.PathLike, *, quick: bool = False, **changes: Any) -> Experiment:
     """
-    Read and check a file.
+    Read and check a file. Its `base` is another one beside it, over which it is laid as `quick` is over the rest.
 
     Args:
         quick (`bool`): Lay the file's `quick` over the rest: mappings key by key, `null` takes a key away.
@@ -42,17 +42,23 @@ def read_experiment(file: str | os.PathLike, *, quick: bool = False, **changes: 
         OSError: If the file cannot be read.
     """
     file = Path(file)
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
-    top = Section(content, str(file))
-    short = top.mapping("quick", {})
+    content = _content(file)
+    if (base := content.pop("base", None)) is not None:
+        content = laid_over(_content(file.parent / str(base)), content)
+    short = Section(content, str(file)).mapping("quick", {})
+    content.pop("quick", None)
     for layer in (short if quick else {}, changes):
-        top = Section(laid_over(top.rest, layer), str(file))
-    experiment = _parse(file, top)
+        content = laid_over(content, layer)
+    experiment = _parse(file, Section(content, str(file)))
     _check_configs(experiment)
     return experiment
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        return Section(yaml.safe_load(file.read_text(encoding="utf-8")), str(file)).rest
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
 
 
 def laid_over(content: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:

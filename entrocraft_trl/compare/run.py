@@ -16,6 +16,7 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 
 from ..evaluation.accuracy import self_similarity
@@ -118,6 +119,8 @@ def train_and_evaluate(
         resume (`str`, *optional*): As `train` of a trainer with our services takes it.
         **evaluation: For [`evaluate`], at the end.
     """
+    if peft_config is not None:
+        set_seed(args.seed)  # the adapter's first weights are drawn before the trainer seeds anything
     model, tokenizer = load(task, loading)
     trainer = trainer_class(
         model=model,

@@ -22,8 +22,15 @@ from .jobs import Job, Start, from_main_process, measured_start, run_job
 
 
 LOOK = 1.0  # seconds between two looks at what the workers have done
-# One thread a worker: on two cores two runs side by side beat one run on two threads.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    # One thread a worker: on two cores two runs side by side beat one run on two threads.
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Without these, glibc returns each step's activations to the system, which clears them anew in the next.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "-1",
+    "MALLOC_TOP_PAD_": str(2**30),
+}
 _steps: Any = None  # in a worker: the steps that each job of this call has made, shared with the parent
 
 
