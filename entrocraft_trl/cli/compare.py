@@ -23,6 +23,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--workers", type=int, default=0, help="runs side by side (default: the file's, or one a core)"
     )
+    parser.add_argument("--report_only", action="store_true", help="run nothing; report of what is done so far")
     parser.add_argument("--dry_run", action="store_true", help="check the files, print the runs, and stop")
     return parser
 
@@ -56,10 +57,14 @@ def main(argv: list[str]) -> None:
                 experiment.task.task(experiment.seeds[0], 1.0, 1, progress=is_main_process())
         output_dir.mkdir(parents=True, exist_ok=True)
     be_quiet()
-    try:
-        text = compare(experiments, output_dir, report, options.workers, progress=is_main_process())
-    except RunError as error:
-        raise CommandError(str(error)) from error
+    if options.report_only:
+        with user_errors():
+            text = compare(experiments, output_dir, report, only_read=True)
+    else:
+        try:
+            text = compare(experiments, output_dir, report, options.workers, progress=is_main_process())
+        except RunError as error:
+            raise CommandError(str(error)) from error
     if is_main_process():
         print(f"\n{text}\nTable, JSON and figures: {printable(str(report))}*, runs: {printable(str(output_dir))}")
 

@@ -12,13 +12,18 @@ from ..reports.plots import save_figure
 from .drawing import DRAWN, draw_summary
 from .experiment import Experiment
 from .figures import Measured, measure
-from .jobs import Start, jobs_of, tuning_jobs
+from .jobs import Job, Start, jobs_of, measured_start, tuning_jobs
 from .table import caption, markdown, rows_of
 from .workers import measure_start, run_jobs, under_launcher
 
 
 def compare(
-    experiments: Sequence[Experiment], output_dir: Path, report: Path, workers: int = 0, progress: bool = True
+    experiments: Sequence[Experiment],
+    output_dir: Path,
+    report: Path,
+    workers: int = 0,
+    progress: bool = True,
+    only_read: bool = False,
 ) -> str:
     """
     Run what is not done yet, and write table, JSON and figures.
@@ -28,6 +33,7 @@ def compare(
         output_dir (`Path`): Folder of the records and of runs under way, a folder for each experiment.
         report (`Path`): Beginning of the paths of what is written: `.md`, `.json` and figures.
         workers (`int`): Runs side by side; 0: what the files say.
+        only_read (`bool`): Run nothing; report of what is done.
 
     Returns:
         `str`: what `.md` holds.
@@ -39,7 +45,7 @@ def compare(
     figures: dict[str, Any] = {}
     for experiment in experiments:
         folder = output_dir / experiment.name
-        start, tuning, records = run_experiment(experiment, folder, workers, progress)
+        start, tuning, records = run_experiment(experiment, folder, workers, progress, only_read)
         found = rows_of(experiment, start, records)
         rows += found
         heading = f"## {experiment.name.replace('_', ' ')}\n\n" if len(experiments) > 1 else ""
@@ -64,22 +70,39 @@ def compare(
 
 
 def run_experiment(
-    experiment: Experiment, folder: Path, workers: int = 0, progress: bool = True
+    experiment: Experiment, folder: Path, workers: int = 0, progress: bool = True, only_read: bool = False
 ) -> tuple[Start, dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """The start, what tuning tried, by arm, and the records of all runs for the table."""
-    workers = workers or experiment.workers
-    start = measure_start(experiment, folder)
+    """
+    The start, what tuning tried, by arm, and the records of all runs for the table; with `only_read`, of those that
+    are done. An arm whose candidates are not all done has none yet.
+
+    Raises:
+        ValueError: With `only_read`, if not even the start was measured.
+    """
+    start = measured_start(experiment, folder, only_read=True) if only_read else measure_start(experiment, folder)
+    if start is None:
+        raise ValueError(f"no run of {experiment.name} is done in {str(folder)!r}")
+
+    def records_of(jobs: Sequence[Job]) -> list[dict[str, Any] | None]:
+        if only_read or not jobs:
+            return [job.record(folder) for job in jobs]
+        return run_jobs(jobs, folder, workers or experiment.workers, progress)
+
     tried = tuning_jobs(experiment, start)
     tuning: dict[str, list[dict[str, Any]]] = {}
-    for job, record in zip(tried, run_jobs(tried, folder, workers, progress) if tried else [], strict=True):
-        value = _score(experiment, start, record)
+    unfinished = set()
+    for job, record in zip(tried, records_of(tried), strict=True):
+        value = _score(experiment, start, record) if record else None
+        unfinished |= set() if record else {job.arm.name}
         tuning.setdefault(job.arm.name, []).append({"settings": dict(job.more), "value": value, "chosen": False})
     chosen = {}
     for name, candidates in tuning.items():
-        best = choose(candidates, experiment.tuning.best)
-        best["chosen"] = True
-        chosen[name] = best["settings"]
-    return start, tuning, run_jobs(jobs_of(experiment, start, chosen), folder, workers, progress)
+        if name not in unfinished:
+            best = choose(candidates, experiment.tuning.best)
+            best["chosen"] = True
+            chosen[name] = best["settings"]
+    jobs = [job for job in jobs_of(experiment, start, chosen) if job.arm.name not in unfinished]
+    return start, tuning, [record for record in records_of(jobs) if record]
 
 
 def choose(candidates: Sequence[dict[str, Any]], best: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Train a policy with one method and measure it, in the same way for every trainer, so that methods compare."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -78,7 +79,11 @@ def evaluate(
         for text, reward in zip(record["completions"], record["rewards"], strict=True)
         if reward is not None and reward > 0.5
     ][:ALIKE]
-    return figures | {"self_similarity": self_similarity(answers), "self_similarity_of": len(answers)}
+    similarity = self_similarity(answers)  # NaN without an answer of four words, which JSON does not have
+    return figures | {
+        "self_similarity": None if math.isnan(similarity) else similarity,
+        "self_similarity_of": len(answers),
+    }
 
 
 def evaluate_start(

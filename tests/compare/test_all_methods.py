@@ -12,6 +12,7 @@ from entrocraft_trl.compare.reading import read_experiment
 from entrocraft_trl.methods import METHODS
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:KL-Cov does nothing here")  # on policy, as the file says
 SHORT = {
     "task": {"steps": 2, "habit_steps": 1, "batch_size": 8},
     "evaluation": {"samples": 4, "repeats": 1},
@@ -58,3 +59,24 @@ def test_all_methods_get_a_row_in_both_regimes(experiments, tmp_path, monkeypatc
     names = [f"_{e.name}{figure}" for e in experiments for figure in ("", "_reward", "_pass_at_k")]
     for name in (*names, "_summary"):
         assert matplotlib.image.imread(report.with_name(f"compare{name}.png")).std() > 0
+
+
+def test_a_report_of_what_is_done_so_far(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROCRAFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(workers, "under_launcher", lambda: True)
+    methods = dict.fromkeys(read_experiment(comparisons()["compare/on_policy"]).arms)
+    more = {**SHORT, "methods": {**methods, "grpo": {}, "clip_higher": {"method": "grpo", "epsilon_high": 0.28}}}
+    tried = {"seed": 9, "band": "linear", "candidates": {"grpo": [{}, {"learning_rate": 0.1}], "clip_higher": [{}]}}
+    experiment = read_experiment(comparisons()["compare/on_policy"], quick=True, **more, tuning=tried)
+    folder, report = tmp_path / "runs", tmp_path / "report"
+    with pytest.raises(ValueError, match="no run of on_policy is done in"):
+        compare([experiment], folder, report, only_read=True)
+    compare([experiment], folder, report, progress=False)
+    (run,) = (folder / "on_policy").glob("clip_higher-0-*.json")
+    run.unlink()
+    text = compare([experiment], folder, report, only_read=True)
+    assert "| linear | grpo | " in text and "clip_higher |" not in text
+    for file in (folder / "on_policy").glob("grpo-9-*.json"):
+        file.unlink()
+    text = compare([experiment], folder, report, only_read=True)
+    assert "| grpo |" not in text  # its settings are not chosen yet

@@ -1,14 +1,17 @@
 """Runs of a comparison: what each is known by, that none is repeated, and that a killed one goes on."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from entrocraft_trl.compare import arms, jobs, workers
 from entrocraft_trl.compare.jobs import Start, jobs_of, measured_start, run_job, tuning_jobs
 from entrocraft_trl.compare.reading import laid_over, read_experiment
+from entrocraft_trl.compare.start import fingerprint
 from entrocraft_trl.compare.version import statements
 
 
@@ -198,3 +201,74 @@ def test_a_failing_run_does_not_stop_the_others(read, tmp_path, monkeypatch, cap
     printed = capsys.readouterr().out
     assert "[1/3] grpo, seed 0: 60 s; about 0 minutes left" in printed
     assert "[3/3] failed: bonus, band linear, seed 0: ValueError: loss is NaN" in printed
+
+
+# ----------------------------------------------------------------------------------------------- a model of one's own
+
+
+def starts_with_a_digit(completions, **kwargs):
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    return [float(text[:1].isdigit()) for text in texts]
+
+
+@pytest.fixture
+def own_task(reference_folder, tmp_path):
+    rows = [{"question": f"1+{number}=?", "answer": str(1 + number)} for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "model_name_or_path": str(reference_folder),
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+        "eval_dataset_name": str(tmp_path / "rows.jsonl"),
+        "eval_samples": 3,
+        "prompt_column": "question",
+        "answer_column": "answer",
+        "reward_funcs": f"{__name__}:starts_with_a_digit",
+    }
+
+
+@pytest.mark.parametrize("adapter", [{}, {"use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj", "v_proj"]}])
+def test_a_model_and_data_of_ones_own(own_task, adapter, tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "task": {**own_task, **adapter},
+                "training": {
+                    **{"max_steps": 3, "per_device_train_batch_size": 8, "num_generations": 4},
+                    **{"max_completion_length": 6, "learning_rate": 0.01, "gradient_checkpointing": False},
+                },
+                "seeds": [0],
+                "evaluation": {"samples": 4},
+                "band_width": 0.5,
+                "bands": {"low": [[0, 0.0, 0.5]]},
+                "methods": {"rule": {"method": "entrocraft", "rejection_rule": "entropy_change"}},
+                "checkpoint_steps": 2,
+            }
+        )
+    )
+    experiment = read_experiment(tmp_path / "own.yaml")
+    start = measured_start(experiment, tmp_path)
+    (job,) = jobs_of(experiment, start, {})
+
+    def die(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, tmp_path / "killed", die)
+    torch.manual_seed(2)  # an adapter's first weights are the run's, not those of what ran before in this process
+    whole, resumed = run_job(job, tmp_path / "whole"), run_job(job, tmp_path / "killed")
+    assert resumed["series"] == whole["series"] and resumed["evaluation"] == whole["evaluation"]
+    assert whole["series"]["entropy"][0] == pytest.approx(start.entropy, rel=0.2)
+    assert len(set(whole["series"]["entropy"])) == 3 and min(whole["series"]["accepted"]) < 1.0
+    assert set(whole["evaluation"]) >= {"mean@4", "distinct_correct", "self_similarity", "self_similarity_of"}
+    assert job.settings()["start"]["policy"] == fingerprint(own_task["model_name_or_path"])
+
+
+def test_weights_are_known_by_what_they_are_and_not_by_where_they_lie(reference_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(reference_folder, folder)
+    assert fingerprint(folder) == fingerprint(reference_folder) != "copy"
+    (folder / "config.json").write_text("{}")
+    assert fingerprint(folder) != fingerprint(reference_folder)
+    assert fingerprint("owner/name") == "owner/name"
