@@ -14,7 +14,7 @@ from .experiment import Experiment
 from .figures import Measured, measure
 from .jobs import Job, Start, jobs_of, measured_start, tuning_jobs
 from .table import caption, markdown, rows_of
-from .workers import measure_start, run_jobs, under_launcher
+from .workers import RunError, measure_start, run_jobs, under_launcher
 
 
 def compare(
@@ -39,13 +39,16 @@ def compare(
         `str`: what `.md` holds.
 
     Raises:
-        [`~workers.RunError`]: If runs failed.
+        [`~workers.RunError`]: If runs failed, after all others have ended and the report is written; if a worker was
+            killed.
     """
     parts, rows, content = [], [], {"starts": {}, "tuning": {}}
+    failures: dict[str, str] = {}
     figures: dict[str, Any] = {}
     for experiment in experiments:
         folder = output_dir / experiment.name
-        start, tuning, records = run_experiment(experiment, folder, workers, progress, only_read)
+        start, tuning, records, failed = run_experiment(experiment, folder, workers, progress, only_read)
+        failures |= {f"{experiment.name}, {title}": error for title, error in failed.items()}
         found = rows_of(experiment, start, records)
         rows += found
         heading = f"## {experiment.name.replace('_', ' ')}\n\n" if len(experiments) > 1 else ""
@@ -66,15 +69,18 @@ def compare(
             write_atomically(path, lambda stream, written=written: stream.write(written.encode()))
         for name, figure in figures.items():
             save_figure(figure, report.with_name(f"{report.name}{name}.png"))
+    if failures:
+        told = "; ".join(f"{title}: {error}" for title, error in failures.items())
+        raise RunError(f"{len(failures)} runs failed, and the table is without them: {told}")
     return text
 
 
 def run_experiment(
     experiment: Experiment, folder: Path, workers: int = 0, progress: bool = True, only_read: bool = False
-) -> tuple[Start, dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+) -> tuple[Start, dict[str, list[dict[str, Any]]], list[dict[str, Any]], dict[str, str]]:
     """
-    The start, what tuning tried, by arm, and the records of all runs for the table; with `only_read`, of those that
-    are done. An arm whose candidates are not all done has none yet.
+    The start, what tuning tried, by arm, the records of all runs for the table, and what failed, by title. With
+    `only_read`, those that are done; an arm whose candidates are not all done has none yet.
 
     Raises:
         ValueError: With `only_read`, if not even the start was measured.
@@ -82,31 +88,34 @@ def run_experiment(
     start = measured_start(experiment, folder, only_read=True) if only_read else measure_start(experiment, folder)
     if start is None:
         raise ValueError(f"no run of {experiment.name} is done in {str(folder)!r}")
+    failures: dict[str, str] = {}
 
     def records_of(jobs: Sequence[Job]) -> list[dict[str, Any] | None]:
         if only_read or not jobs:
             return [job.record(folder) for job in jobs]
-        return run_jobs(jobs, folder, workers or experiment.workers, progress)
+        records, failed = run_jobs(jobs, folder, workers or experiment.workers, progress)
+        failures.update(failed)
+        return records
 
     tried = tuning_jobs(experiment, start)
     tuning: dict[str, list[dict[str, Any]]] = {}
-    unfinished = set()
+    waiting = set()  # arms of which nobody knows yet what is best
     for job, record in zip(tried, records_of(tried), strict=True):
-        value = _score(experiment, start, record) if record else None
-        unfinished |= set() if record else {job.arm.name}
+        value = None if record is None else _score(experiment, start, record)
+        if record is None and only_read:
+            waiting.add(job.arm.name)
         tuning.setdefault(job.arm.name, []).append({"settings": dict(job.more), "value": value, "chosen": False})
     chosen = {}
-    for name, candidates in tuning.items():
-        if name not in unfinished:
-            best = choose(candidates, experiment.tuning.best)
-            best["chosen"] = True
-            chosen[name] = best["settings"]
-    jobs = [job for job in jobs_of(experiment, start, chosen) if job.arm.name not in unfinished]
-    return start, tuning, [record for record in records_of(jobs) if record]
+    for name in tuning.keys() - waiting:
+        best = choose(tuning[name], experiment.tuning.best)
+        best["chosen"] = True
+        chosen[name] = best["settings"]
+    jobs = [job for job in jobs_of(experiment, start, chosen) if job.arm.name not in waiting]
+    return start, tuning, [record for record in records_of(jobs) if record is not None], failures
 
 
 def choose(candidates: Sequence[dict[str, Any]], best: str) -> dict[str, Any]:
-    """The candidate of the best value, the first of equal ones; one without a value comes last."""
+    """The candidate of the best value, the first of equal ones; one without a value, whose run failed, comes last."""
     sign = 1.0 if best == "smallest" else -1.0
     return min(candidates, key=lambda c: float("inf") if c["value"] is None else sign * c["value"])
 

@@ -35,7 +35,7 @@ _steps: Any = None  # in a worker: the steps that each job of this call has made
 
 
 class RunError(RuntimeError):
-    """Runs failed; the others are done and kept."""
+    """Runs failed, or a worker was killed; what is done is kept."""
 
 
 def under_launcher() -> bool:
@@ -48,18 +48,21 @@ def default_workers() -> int:
     return 1 if torch.accelerator.is_available() else os.cpu_count() or 1
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path, workers: int, progress: bool = True) -> list[dict[str, Any]]:
+def run_jobs(
+    jobs: Sequence[Job], folder: Path, workers: int, progress: bool = True
+) -> tuple[list[dict[str, Any] | None], dict[str, str]]:
     """
-    The records of `jobs`, in their order; what has one in `folder` already is not run.
+    The records of `jobs`, in their order, `None` for one that failed; and what failed, by title. What has a record in
+    `folder` already is not run.
 
     Raises:
-        RunError: If runs failed, after all others have ended; or if a worker was killed.
+        RunError: If a worker was killed.
     """
     records = from_main_process([job.record(folder) for job in jobs])
     todo = [(index, jobs[index]) for index, record in enumerate(records) if record is None]
     ended = kept = len(jobs) - len(todo)
     steps_to_do = sum(job.experiment.max_steps for _, job in todo)
-    failures: dict[str, BaseException] = {}
+    failures: dict[str, str] = {}
     if progress and kept:
         print(f"{kept} of {len(jobs)} runs are kept from earlier calls", flush=True)
     run, begun = _one_after_another if under_launcher() else _side_by_side, time.monotonic()
@@ -71,18 +74,15 @@ def run_jobs(jobs: Sequence[Job], folder: Path, workers: int, progress: bool = T
                 continue
             ended += 1
             if isinstance(result, BaseException):
-                failures[jobs[index].title] = result
-                line = f"failed: {jobs[index].title}: {type(result).__name__}: {result}"
+                told = failures[jobs[index].title] = f"{type(result).__name__}: {result}"
+                line = f"failed: {jobs[index].title}: {told}"
             else:
                 records[index] = result
                 left = (time.monotonic() - begun) / steps * (steps_to_do - steps)
                 line = f"{jobs[index].title}: {result['seconds']:.0f} s; about {left / 60:.0f} minutes left"
             if progress:
                 bar.write(f"[{ended}/{len(jobs)}] {line}")
-    if failures:
-        told = "; ".join(f"{title}: {type(error).__name__}: {error}" for title, error in failures.items())
-        raise RunError(f"{len(failures)} of {len(jobs)} runs failed, the others are kept: {told}")
-    return records
+    return records, failures
 
 
 def measure_start(experiment: Experiment, folder: Path) -> Start:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from entrocraft_trl.compare import arms, jobs, workers
+from entrocraft_trl.compare import arms, comparison, jobs, workers
 from entrocraft_trl.compare.jobs import Start, jobs_of, measured_start, run_job, tuning_jobs
 from entrocraft_trl.compare.reading import laid_over, read_experiment
 from entrocraft_trl.compare.start import fingerprint
@@ -183,24 +183,41 @@ def test_a_target_follows_the_band(read, tmp_path, monkeypatch):
     assert targets == pytest.approx([0.9, *centres(0.9)])  # at the start, and after each step that step's
 
 
-def test_a_failing_run_does_not_stop_the_others(read, tmp_path, monkeypatch, capsys):
-    experiment = read(seeds=[0])
-    found = jobs_of(experiment, START, {})[:3]
+def test_a_failing_run_stops_no_other_and_is_told_after_the_report(read, tmp_path, monkeypatch, capsys):
+    """One candidate of two loses by failing; then a run of the table fails, and its row is missing."""
+    experiment = read(seeds=[0], bands={"constant": None})
+    real = jobs.train_and_evaluate
 
-    def some_fail(todo, folder, count):
+    def some_fail(trainer_class, args, *rest, **options):
+        if getattr(args, "entropy_coef_delta", 0) == 0.04 or type(args).__name__ == "EntrocraftGRPOConfig":
+            raise FloatingPointError("the loss is NaN")
+        return real(trainer_class, args, *rest, **options)
+
+    def in_this_process(todo, folder, count):
         for made, (index, job) in enumerate(todo, 1):
-            failed = job.arm.name == "bonus" and job.band == "linear"
-            yield index, ValueError("loss is NaN") if failed else {"seconds": 60.0, "arm": job.arm.name}, 4 * made
+            try:
+                yield index, run_job(job, folder), 4 * made
+            except FloatingPointError as error:
+                yield index, error, 4 * made
 
-    monkeypatch.setattr(workers, "_side_by_side", some_fail)
+    monkeypatch.setattr(jobs, "train_and_evaluate", some_fail)
+    monkeypatch.setattr(workers, "_side_by_side", in_this_process)
+    monkeypatch.setattr(comparison, "measure_start", measured_start)
     with pytest.raises(workers.RunError) as error:
-        workers.run_jobs(found, tmp_path, 2)
+        comparison.compare([experiment], tmp_path, tmp_path / "report")
     assert str(error.value) == (
-        "1 of 3 runs failed, the others are kept: bonus, band linear, seed 0: ValueError: loss is NaN"
+        "2 runs failed, and the table is without them: mine, bonus, band linear, seed 9, with entropy_coef_delta "
+        "0.04: FloatingPointError: the loss is NaN; mine, rule, band linear, seed 0: FloatingPointError: the loss is NaN"
     )
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [row["method"] for row in content["rows"]] == ["grpo", "bonus"]
+    assert [(c["settings"], c["chosen"]) for c in content["tuning"]["mine"]["bonus"]] == [
+        ({"entropy_coef_delta": 0.04}, False),
+        ({}, True),
+    ]
     printed = capsys.readouterr().out
-    assert "[1/3] grpo, seed 0: 60 s; about 0 minutes left" in printed
-    assert "[3/3] failed: bonus, band linear, seed 0: ValueError: loss is NaN" in printed
+    assert "[1/2] failed: bonus, band linear, seed 9, with entropy_coef_delta 0.04: FloatingPointError" in printed
+    assert "[1/3] grpo, seed 0: " in printed and "about 0 minutes left" in printed
 
 
 # ----------------------------------------------------------------------------------------------- a model of one's own
