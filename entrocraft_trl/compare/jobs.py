@@ -244,6 +244,8 @@ def measured_start(experiment: Experiment, folder: Path, *, only_read: bool = Fa
         if only_read:
             return None
         policy = load(task, experiment.task.loading())
+        if not getattr(policy[0], "is_quantized", False):  # such a model is where it belongs
+            policy[0].to(args.device)
         options = {name: getattr(evaluation, name) for name in ("samples", "repeats", "batch_size")}
         figures = evaluate(*policy, task, alike=experiment.task.has_words, **options)
         # The entropy that a run measures first, on what it samples at temperature 1.

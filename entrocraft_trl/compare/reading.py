@@ -4,6 +4,7 @@ Experiments from YAML files. Everything is checked when it is read, before a mod
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -25,6 +26,7 @@ from .start import StartingPoint
 # What the runner sets itself, or what the file says elsewhere.
 RESERVED = {"output_dir", "seed", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"}
 BAND_FIELDS = {"entropy_low", "entropy_high", "entropy_unit", "entropy_schedule", "entropy_knots"}
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 DRAWINGS = ("entropy", "reward", "pass_at_k")
 DEFAULT_COLUMNS = ("mean_at_n", "pass_at_n", "distinct_correct", "final_entropy", "rms_outside", "step_seconds")
 
@@ -56,9 +58,18 @@ def read_experiment(file: str | os.PathLike, *, quick: bool = False, **changes: 
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        return Section(yaml.safe_load(file.read_text(encoding="utf-8")), str(file)).rest
+        return Section(_with_numbers(yaml.safe_load(file.read_text(encoding="utf-8"))), str(file)).rest
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
+
+
+def _with_numbers(content: Any) -> Any:
+    """What YAML holds, with `1e-4` as a number: without a point it is text there, which TRL would only miss later."""
+    if isinstance(content, dict):
+        return {key: _with_numbers(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_with_numbers(value) for value in content]
+    return float(content) if isinstance(content, str) and _EXPONENT.fullmatch(content) else content
 
 
 def laid_over(content: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:

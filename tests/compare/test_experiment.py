@@ -164,6 +164,26 @@ def test_every_method_trains_with_the_tasks_and_the_files_arguments_towards_the_
     assert bonus.use_adaptive_entropy and bonus.entropy_target == pytest.approx(0.9)
 
 
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(write(tmp_path).read_text().replace("max_steps: 4", "max_steps: 4\n  learning_rate: 1e-3"))
+    assert yaml.safe_load(file.read_text())["training"]["learning_rate"] == "1e-3"
+    assert read_experiment(file).training["learning_rate"] == 0.001
+
+
+def test_a_file_may_stand_on_another_one(tmp_path):
+    base = write(tmp_path)
+    file = tmp_path / "other.yaml"
+    file.write_text("base: mine.yaml\ntraining: {max_steps: 9}\nmethods: {rule: null}\ntuning: null\n")
+    other = read_experiment(file)
+    assert (other.name, other.max_steps, list(other.arms)) == ("other", 9, ["grpo", "bonus"])
+    assert other.bands == read_experiment(base).bands and other.tuning is None
+    assert read_experiment(file, quick=True).seeds == (0,)  # the base's short form too
+    file.write_text("base: nowhere.yaml")
+    with pytest.raises(FileNotFoundError):
+        read_experiment(file)
+
+
 def test_evaluation_during_training_and_checkpoints(tmp_path):
     file = write(tmp_path, {"evaluation": {"every": 2}, "checkpoint_steps": 3})
     experiment = read_experiment(file)
