@@ -38,30 +38,46 @@ def records(folder: Path) -> dict[str, dict]:
     return {record["arm"]: record for record in found if "arm" in record}
 
 
-def test_killed_it_goes_on_and_repeats_nothing(tmp_path):
-    """The second run takes long enough to be killed in the middle, and its workers are gone with their parent."""
-    whole = {**WHOLE, "workers": 1, "checkpoint_steps": 2, "training": {**WHOLE["training"], "max_steps": 60}}
-    environment = {**os.environ, **ENVIRONMENT, "ENTROCRAFT_CACHE": str(tmp_path / "cache")}
-    line = [sys.executable, *command(tmp_path, whole)]
-    process = subprocess.Popen(
-        line, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def live(line: list[str], folder: Path, checkpoints: str, kill) -> tuple[int, str, list[psutil.Process]]:
+    """One life of a command, ended by `kill(process, its workers)` once a checkpoint of a name is there."""
+    environment = {**os.environ, **ENVIRONMENT, "ENTROCRAFT_CACHE": str(folder / "cache")}
+    process = subprocess.Popen(line, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     limit = time.monotonic() + 120
-    while not list((tmp_path / "out" / "mine").glob("rule-*/checkpoint-*")):
+    while not list((folder / "out" / "mine").glob(checkpoints)):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
+    children = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in children if "spawn_main" in "".join(child.cmdline())]  # and not Python's own helper
+    kill(process, workers)
+    _, error = process.communicate(timeout=60)
+    return process.returncode, error.decode(), workers
+
+
+def test_killed_it_goes_on_and_repeats_nothing(tmp_path):
+    """First a worker of it is killed, as for memory, then the command itself, whose workers go with it."""
+    whole = {**WHOLE, "workers": 1, "checkpoint_steps": 6, "training": {**WHOLE["training"], "max_steps": 24}}
+    line = [sys.executable, *command(tmp_path, whole)]
+
+    def kill_workers(process, workers):
+        for worker in workers:
+            worker.kill()
+
+    code, error, _ = live(line, tmp_path, "grpo-*/checkpoint-*", kill_workers)
+    assert code == 2
+    assert error.splitlines()[-1] == (
+        "entrocraft: error: a worker process was killed, perhaps for memory: start again to go on, with fewer workers"
+    )
+    assert not records(tmp_path)
+    _, _, workers = live(line, tmp_path, "rule-*/checkpoint-*", lambda process, workers: process.kill())
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     first = records(tmp_path)
     assert list(first) == ["grpo"]
-    output = run_line([sys.executable, *command(tmp_path, whole)], folder=tmp_path, environment=environment)
+    output = run_line(line, folder=tmp_path, environment={"ENTROCRAFT_CACHE": str(tmp_path / "cache")})
     assert "1 of 2 runs are kept from earlier calls" in output and "[2/2] rule, band linear, seed 0: " in output
     second = records(tmp_path)
     assert second["grpo"] == first["grpo"] and list(second) != list(first)
-    assert second["rule"]["series"]["step"] == list(range(60))
+    assert second["rule"]["series"]["step"] == list(range(24))
     table = (tmp_path / "out" / "mine.md").read_text()
     assert table in output and "| linear | rule | " in table
     rows = json.loads((tmp_path / "out" / "mine.json").read_text())["rows"]
