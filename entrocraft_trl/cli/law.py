@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
         for name, log, controlled in found:
             if name in results:  # of another folder
                 name = f"{name} ({len(results) + 1})"
-            results[name], drawn[name] = judge(name, log, controlled, options.metric, options.share)
+            results[name], run = judge(name, log, controlled, options.metric, options.share)
+            drawn[name + (", entropy controlled" if results[name]["controlled_by"] else "")] = run
         figure = save_figure(plot_law(drawn), options.output)
         numbers = figure.with_suffix(".json")
         numbers.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -119,7 +120,11 @@ def _said(result: dict[str, Any]) -> str:
             f"its entropy was controlled ({result['controlled_by']}), so the law, which is stated for trainings that "
             "are not, does not apply: the numbers only show how far it is from holding."
         )
-    told = f"with its entropy used up, the fit gives an accuracy of {result['ceiling']:.3f}."
+    told = (
+        f"with its entropy used up, the fit gives an accuracy of {result['ceiling']:.3f}."
+        if result["a"] > 0
+        else "its accuracy did not fall with its entropy (a is not positive): no entropy was traded for accuracy."
+    )
     prediction = result["prediction"]
     if prediction is None:
         return told + " There are too few points to predict any."

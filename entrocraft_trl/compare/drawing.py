@@ -14,7 +14,7 @@ from ..printable import printable
 from ..reports.plots import BAND_ALPHA, BAND_COLOUR, COLOURS
 from .bands import band_of
 from .experiment import Experiment
-from .figures import FIGURES, running_mean
+from .figures import FIGURES, WINDOW, running_mean
 from .jobs import Start
 from .table import key_of
 
@@ -40,23 +40,31 @@ def draw_entropy(experiment: Experiment, start: Start, records: Records) -> Figu
 
 
 def draw_reward(experiment: Experiment, start: Start, records: Records) -> Figure:
-    """Running means of the reward; in grey, the mean over seeds of the first method."""
+    """Running means of the reward; dashed, the mean over seeds of the first method."""
 
     def curve(record: Mapping[str, Any]) -> tuple[list[float], list[float]]:
         means = running_mean(record["series"]["reward"])
         return record["series"]["step"][-len(means) :], means
 
-    return _curves(experiment, records, curve, "optimizer step", "reward, running mean")
+    figure = _curves(experiment, records, curve, "optimizer step", f"reward, mean of {WINDOW} readings")
+    figure.axes[0].set_xlim(left=0)
+    return figure
 
 
 def draw_pass_at_k(experiment: Experiment, start: Start, records: Records) -> Figure:
-    """pass@k over k; in grey, the mean over seeds of the first method."""
+    """pass@k over k; dashed, the mean over seeds of the first method."""
 
     def curve(record: Mapping[str, Any]) -> tuple[list[float], list[float]]:
         shares = pass_at_k_curve(record["evaluation"])
-        return [math.log2(k) for k in sorted(shares)], [shares[k] for k in sorted(shares)]
+        return list(shares), list(shares.values())
 
-    return _curves(experiment, records, curve, "log2 of k (samples a prompt)", "pass@k")
+    figure = _curves(experiment, records, curve, "k (samples a prompt)", "pass@k")
+    for axis in figure.axes:
+        ks = [k for k in (1, 4, 16, 64) if k <= experiment.evaluation.samples]
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ks, [str(k) for k in ks])
+        axis.minorticks_off()
+    return figure
 
 
 DRAWN = {"entropy": draw_entropy, "reward": draw_reward, "pass_at_k": draw_pass_at_k}
@@ -89,12 +97,11 @@ def draw_summary(experiments: Sequence[Experiment], rows: Sequence[Mapping[str, 
         axis.grid(axis="both", color="#DDDDDD", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlim(left=0)
+        highest = max((row[key_of(name, by_name[row["regime"]])] or 0.0 for row in rows), default=1.0)
+        axis.set_xlim(left=-0.04 * highest)  # a dot at 0 is a whole dot
     axes[0].set_yticks(range(len(methods)), [printable(method) for method in methods], fontsize=9)
     axes[0].set_ylim(len(methods) - 0.4, -0.6)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper left" if len(sets) else None, ncols=4, frameon=False
-    )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
     figure.set_layout_engine("constrained")
     return figure
 
@@ -121,7 +128,7 @@ def _curves(
         for record, colour in zip(chosen, _colours(chosen), strict=True):
             axis.plot(*curve(record), color=colour, linewidth=0.9, alpha=0.85)
 
-    return _panels(experiment, records, panel, x_label, y_label)
+    return _panels(experiment, records, panel, f"{x_label}; dashed: {printable(first)}", y_label)
 
 
 def _of_panel(records: Records, arm: str, band: str | None) -> list[Mapping[str, Any]]:
@@ -157,6 +164,8 @@ def _panels(
         axis.set_title(title, fontsize=8).set_parse_math(False)
     for axis in axes.flat[len(places) :]:
         axis.set_visible(False)
+    for column, above in enumerate(axes[-2] if lines > 1 else ()):  # its numbers stand below a panel that is hidden
+        above.tick_params(labelbottom=not axes[-1][column].get_visible())
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)

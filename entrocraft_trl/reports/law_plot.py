@@ -54,7 +54,7 @@ def _over_entropy(axis, points: Sequence[Point], law: Law, prediction: Predictio
     axis.scatter(entropies[fitted:], [p.accuracy for p in points[fitted:]], s=12, color=COLOURS[0])
     low, high = min(entropies), max(entropies)
     places = [low + (high - low) * place / CURVE_POINTS for place in range(CURVE_POINTS + 1)]
-    label = f"{law.b:.2f} - {law.a:.2f} exp(H)"
+    label = f"{law.b:.2f} {-law.a:+.2f} exp(H)"
     axis.plot(places, [law.accuracy(place) for place in places], color=COLOURS[0], linewidth=1.4, label=label)
     if prediction:
         early = [prediction.law.accuracy(place) for place in places]

@@ -55,6 +55,15 @@ def test_a_controlled_entropy_is_said(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "both.json").read_text())["band"]["controlled_by"] == "a band"
 
 
+def test_an_accuracy_that_rose_with_the_entropy(tmp_path, capsys):
+    log = [{**r, "eval_mean@8": 1 - r["eval_mean@8"]} if "eval_mean@8" in r else r for r in make_log()]
+    assert main(["law", write_run(tmp_path / "odd", log)]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "odd: its accuracy did not fall with its entropy (a is not positive)" in printed and "used up" not in printed
+    )
+
+
 def test_records_of_a_comparison_by_file_and_by_folder(tmp_path, capsys):
     folder = tmp_path / "comparison"
     folder.mkdir()
