@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart check test soak test-next test-floor lint bench-control bench-throughput real-model clean
+.PHONY: quickstart check test soak test-next test-floor lint compare bench-control bench-throughput real-model clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/entrocraft quickstart
@@ -46,8 +46,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The comparisons go on where they stopped, and repeat no run.
+compare: $(VENV)/.installed
+	$(BIN)/entrocraft compare --config on_policy off_policy --report benchmarks/results/compare
+
 bench-control: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.control
+	$(BIN)/entrocraft compare --config control --report benchmarks/results/control
 
 bench-throughput: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.throughput

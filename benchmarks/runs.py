@@ -1,4 +1,4 @@
-"""What the benchmarks share: results folder, one quiet thread, and a folder of runs for each starting policy."""
+"""What the benchmarks share: the results' folder, and one quiet thread."""
 
 import warnings
 from pathlib import Path
@@ -16,8 +16,3 @@ def one_quiet_thread() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-
-
-def policy_folder(root: Path, initial_entropy: float) -> Path:
-    """Folder of the runs from one starting policy: those from another one must not overwrite them."""
-    return root / f"start-{initial_entropy:.4f}"

@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "train a model while its entropy follows a band",
     "plot": "draw a run's entropy, reward and accepted share; compare runs; preview a band",
     "eval": "mean@k, pass@k, distinct right answers and entropy of a model or an adapter; resumable",
+    "compare": "methods side by side from a YAML file: same start, seeds and budget; table and figures; resumable",
+    "law": "fit R = -a exp(H) + b to a run's entropy and held-out accuracy; what its beginning foretold",
     "recipe": "list the recipes that come with the package, or print the path of one",
     "quickstart": "offline demonstration on CPU: plain GRPO beside Entrocraft, with a table and a figure",
 }

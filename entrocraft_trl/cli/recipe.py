@@ -20,6 +20,19 @@ def launch_files() -> dict[str, Path]:
     return {f"accelerate/{path.stem}": path for path in sorted(FOLDER.glob("accelerate/*.yaml"))}
 
 
+def comparisons() -> dict[str, Path]:
+    """File of each name that stands for a `--config` of `entrocraft compare`."""
+    return {f"compare/{path.stem}": path for path in sorted(FOLDER.glob("compare/*.yaml"))}
+
+
+def comparison_file(value: str) -> str:
+    """The file that `entrocraft compare --config value` means; the names go without `compare/` too."""
+    if Path(value).is_file() or value.endswith((".yaml", ".yml")):
+        return value
+    named = value if value.startswith("compare/") else f"compare/{value}"
+    return str(_named(named, comparisons(), "--config takes the path of a YAML file or the name of a comparison, got"))
+
+
 def config_file(value: str) -> str:
     """
     The file that `--config value` means: the one at that path if there is one, else the recipe of that name.
@@ -45,12 +58,15 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="entrocraft recipe",
         description="List the recipes, or print the path of one: to read it, or to copy and edit it. A recipe runs by "
-        "its name: entrocraft train --config NAME. Names that begin with accelerate/ are launch files: "
+        "its name: entrocraft train --config NAME; those that begin with compare/ are for entrocraft compare. "
+        "Names that begin with accelerate/ are launch files: "
         'accelerate launch --config_file "$(entrocraft recipe accelerate/zero3)" -m entrocraft_trl train ...',
     )
-    parser.add_argument("name", nargs="?", help="name of a recipe or launch file; without it, all are listed")
+    parser.add_argument(
+        "name", nargs="?", help="name of a recipe, comparison or launch file; without it, all are listed"
+    )
     name = parser.parse_args(argv).name
-    files = {**recipes(), **launch_files()}
+    files = {**recipes(), **launch_files(), **comparisons()}
     if name is not None:
         lines = [str(_named(name, files, "there is no recipe"))]
     else:

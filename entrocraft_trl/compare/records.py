@@ -1,25 +1,12 @@
 """Records of finished runs: kept on disk, so that a comparison goes on where it stopped, and averaged over seeds."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from ..atomic import write_atomically
-
-
-def kept_record(file: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """
-    The record of a finished run: read from `file` if it was made with `settings`, otherwise made and written there.
-
-    Args:
-        file (`Path`): JSON file; its name tells runs of one comparison apart.
-        settings (`dict`): What the run depends on, as JSON values. A record made with other settings is made anew.
-        make (`Callable`): The run; returns the record.
-    """
-    record = read_record(file, settings)
-    return write_record(file, settings, make()) if record is None else record
 
 
 def read_record(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from .warmup import starting_policy
 class Task(NamedTuple):
     """A policy to start from, what to train and to measure it on, and how to sample when measuring."""
 
-    policy: Path
+    policy: Path | str
     train: Dataset
     test: Dataset
     reward: Callable[..., list[float]]
@@ -31,13 +31,15 @@ class Task(NamedTuple):
     generation_config: GenerationConfig
 
 
-def expression_task(seed: int = 0, *, temperature: float = 1.0, progress: bool = True) -> Task:
+def expression_task(
+    seed: int = 0, *, temperature: float = 1.0, progress: bool = True, policy: Path | str | None = None
+) -> Task:
     """
     The embedded task; `seed` orders the training prompts, `temperature` is that of evaluations. Makes the starting
-    policy on the first call.
+    policy on the first call, unless another `policy` is given.
     """
     return Task(
-        policy=starting_policy(progress=progress),
+        policy=policy or starting_policy(progress=progress),
         train=expressions.make_dataset("train", 4096, seed),
         test=expressions.make_dataset("test", len(expressions.TEST_TARGETS), 0),
         reward=expressions.expression_reward,
@@ -48,20 +50,27 @@ def expression_task(seed: int = 0, *, temperature: float = 1.0, progress: bool =
     )
 
 
-def sentence_task(seed: int = 0, *, temperature: float = 1.0, test_size: int = len(sentences.TEST_WORDS) // 2) -> Task:
+def sentence_task(
+    seed: int = 0,
+    *,
+    temperature: float = 1.0,
+    test_size: int = len(sentences.TEST_WORDS) // 2,
+    policy: Path | str | None = None,
+) -> Task:
     """
-    The task of a real language model, which `make real-model` fetches; another is `task._replace(policy=...)`.
+    The task of a real language model, which `make real-model` fetches.
 
     Args:
         seed (`int`, *optional*, defaults to `0`): Seed of the training prompts.
         temperature (`float`, *optional*, defaults to `1.0`): That of evaluations.
         test_size (`int`, *optional*): Prompts of an evaluation. Defaults to as many as hold each test word once.
+        policy (`Path` or `str`, *optional*): Another chat model, by folder or name on the Hub.
 
     Raises:
-        `FileNotFoundError`: if the model has not been made.
+        `FileNotFoundError`: if no other is given, and the model has not been made.
     """
     return Task(
-        policy=real_model_path(),
+        policy=policy or real_model_path(),
         train=sentences.make_dataset("train", 4096, seed),
         test=sentences.make_dataset("test", test_size, 0),
         reward=sentences.sentence_reward,

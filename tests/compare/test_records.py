@@ -1,32 +1,29 @@
 """Records of finished runs: kept, made anew for other settings, and averaged over seeds."""
 
 import json
+import os
 
 import pytest
 
-from entrocraft_trl.compare.records import kept_record, spread
+from entrocraft_trl.compare.records import read_record, spread, write_record
 
 
-def test_a_finished_run_is_kept_and_one_with_other_settings_is_made_anew(tmp_path):
-    file, made = tmp_path / "new" / "grpo-0.json", []
-
-    def make():
-        made.append(1)
-        return {"reward": 0.5 * len(made)}
-
-    first = kept_record(file, {"seed": 0}, make)
-    assert first == {"settings": {"seed": 0}, "reward": 0.5} == json.loads(file.read_text())
-    assert kept_record(file, {"seed": 0}, make) == first
-    assert kept_record(file, {"seed": 1}, make) == {"settings": {"seed": 1}, "reward": 1.0}
-    assert len(made) == 2
+def test_a_record_is_read_again_unless_it_was_made_with_other_settings(tmp_path):
+    file = tmp_path / "new" / "grpo-0.json"
+    assert read_record(file, {"seed": 0}) is None
+    written = write_record(file, {"seed": 0}, {"reward": 0.5})
+    assert written == {"settings": {"seed": 0}, "reward": 0.5} == json.loads(file.read_text())
+    assert read_record(file, {"seed": 0}) == written
+    assert read_record(file, {"seed": 1}) is None
 
 
-def test_a_run_that_is_killed_leaves_no_record(tmp_path):
-    def make():
+def test_a_run_that_is_killed_while_writing_leaves_no_record(tmp_path, monkeypatch):
+    def interrupt(descriptor):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        kept_record(tmp_path / "a.json", {}, make)
+        write_record(tmp_path / "a.json", {}, {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = [
     *ROOT.glob("*.md"),
-    *(ROOT / folder / "README.md" for folder in ("benchmarks", "configs")),
+    *(ROOT / folder / "README.md" for folder in ("benchmarks", "configs", "configs/compare")),
 ]
 
 
