@@ -43,9 +43,9 @@ class EntropyControlConfig(CredentialsMixin):
         rejection_rule (`str`, defaults to `"advantage_sign"`):
             `"advantage_sign"`: Algorithm 1 of the paper. `"entropy_change"`: test the predicted entropy change of each
             rollout instead of the sign of its advantage, and reject as much of what goes the wrong way as the
-            position of the entropy in its band calls for. `"influence"`: the same, by the change in all contexts, not
-            only the rollout's own, since all share the parameters. In steps where something may have to go, it costs a
-            backward pass over an eighth of the rollouts (at least 16) and a forward pass over all; under bf16, in
+            position of the entropy in its band calls for. `"influence"`: the same, by that change and by the one in
+            all contexts together, which share the parameters, half and half. In steps where something may have to go,
+            it costs a backward pass over an eighth of the rollouts (at least 16) and a forward pass over all; under bf16, in
             place of the latter, a forward and a backward pass of each rollout with an advantage. It needs memory for
             two more copies of the trainable parameters meanwhile, and parameters that are whole on each rank: DDP,
             ZeRO-1 or ZeRO-2.
@@ -117,8 +117,9 @@ class EntropyControlConfig(CredentialsMixin):
         default="advantage_sign",
         metadata={
             "help": "'advantage_sign' (Algorithm 1 of the paper), 'entropy_change' (reject rollouts whose predicted "
-            "entropy change points the wrong way) or 'influence' (the same by the change in all contexts, which share "
-            "the parameters: a backward pass over an eighth of the rollouts and more passes, where something may go).",
+            "entropy change points the wrong way) or 'influence' (the same, and by the change in all contexts, which "
+            "share the parameters: a backward pass over an eighth of the rollouts and more passes, where something "
+            "may go).",
             "choices": tuple(rejection.RULES),
         },
     )

@@ -13,8 +13,8 @@ RULES = {
     "those with a negative advantage while it was above (Algorithm 1 of the paper)",
     "entropy_change": "rollouts whose predicted entropy change pointed the wrong way were rejected, as many as the "
     "position of the entropy in its band called for",
-    "influence": "rollouts that would have moved it the wrong way, through the parameters that all contexts share, "
-    "were rejected, as many as its position in its band called for",
+    "influence": "rollouts that would have moved it the wrong way, in their own contexts and through the parameters "
+    "that all contexts share, were rejected, as many as its position in its band called for",
 }
 
 
