@@ -25,6 +25,10 @@ from .records import read_record, write_record
 from .run import evaluate, load, train_and_evaluate
 
 
+class RunError(RuntimeError):
+    """Runs failed, cannot begin, or a worker was killed; what is done is kept."""
+
+
 @dataclass(frozen=True)
 class Start:
     """The starting policy as it was measured: its entropy in nats on training prompts, and its evaluation."""
@@ -129,7 +133,10 @@ def tuning_jobs(experiment: Experiment, start: Start) -> list[Job]:
 
 
 def _job(experiment: Experiment, start: Start, arm: Arm, seed: int, band: str | None, more: tuple) -> Job:
-    knots = tuple(experiment.bands[band].knots(start.entropy)) if band is not None else None
+    try:
+        knots = tuple(experiment.bands[band].knots(start.entropy)) if band is not None else None
+    except ValueError as error:  # known only now that the entropy is
+        raise RunError(f"{experiment.file}: bands.{band}: {error}") from error
     # Evaluations of the start do not matter to a run; its entropy does only through the band.
     return Job(experiment, arm, seed, band, knots, more, start.identity)
 

@@ -27,6 +27,7 @@ from .start import StartingPoint
 RESERVED = {"output_dir", "seed", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"}
 BAND_FIELDS = {"entropy_low", "entropy_high", "entropy_unit", "entropy_schedule", "entropy_knots"}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+HIGH_ENTROPY = 10.0  # nats: at the one that will be measured, a band may yet turn out negative
 DRAWINGS = ("entropy", "reward", "pass_at_k")
 DEFAULT_COLUMNS = ("mean_at_n", "pass_at_n", "distinct_correct", "final_entropy", "rms_outside", "step_seconds")
 
@@ -207,7 +208,7 @@ def _report(top: Section) -> Report:
 
 
 def _check_configs(experiment: Experiment) -> None:
-    """Build every arm's config once for each band, around an initial entropy of 1 nat, and with each candidate."""
+    """Build every arm's config once for each band, around a high initial entropy, and with each candidate."""
     shared = {item.name for item in fields(GRPOConfig)}
     for key in experiment.training:
         if key not in shared:
@@ -220,7 +221,7 @@ def _check_configs(experiment: Experiment) -> None:
         for more in tuned.get(arm.name, [{}]):
             for band, plan in plans:
                 try:
-                    knots = plan and plan.knots(1.0)
+                    knots = plan and plan.knots(HIGH_ENTROPY)
                     _refuse_sharded(experiment.config(arm, tempfile.gettempdir(), 0, knots, more))
                 except (ValueError, TypeError) as error:
                     on = f" on the band {band}" if band else ""

@@ -73,7 +73,7 @@ def write(folder: Path, changes: dict | None = None) -> Path:
         ({"bands": {"odd": [[0]]}}, "bands.odd: the band has the point [0], which is not [progress, multiple]"),
         ({"bands": {"odd": {"points": 1.0, "shape": "cosine"}}}, "bands.odd: the band has shape 'cosine'"),
         ({"bands": {"odd": {"centre": 1.0}}}, "bands.odd: the band has unknown keys: centre"),
-        ({"bands": {"odd": [[0, 0.01]]}}, "methods.bonus on the band odd: entropy cannot be negative"),
+        ({"bands": {"odd": [[0, 0.0, 0.01]]}}, "methods.bonus on the band odd: entropy cannot be negative"),
         ({"band_width": None}, "bands.constant: the band needs a width in nats"),
         ({"evaluation": {"temprature": 1}}, "evaluation.temprature: is no setting; did you mean 'temperature'?"),
         ({"evaluation": {"temperature": 0}}, "evaluation.temperature: must be positive, got 0"),

@@ -63,6 +63,12 @@ def test_seeds_come_first_and_an_unsteered_method_runs_once_on_each(read):
     assert names(tuning_jobs(experiment, START)) == [(9, "bonus", "linear")] * 2
 
 
+def test_a_band_that_is_negative_at_the_measured_entropy(read):
+    experiment = read(bands={"deep": [[0, 1.0, -0.9]]})
+    with pytest.raises(jobs.RunError, match="mine.yaml: bands.deep: entropy cannot be negative, .* entropy 0.9 nats"):
+        jobs_of(experiment, START, {})
+
+
 def test_without_bands_every_method_runs_once_on_each_seed(read):
     methods = {"bonus": {"follow": None}, "rule": {"entropy_low": [0.5, 0.4], "entropy_high": [0.9]}}
     experiment = read(bands=None, tuning=None, methods=methods)
@@ -203,7 +209,7 @@ def test_a_failing_run_stops_no_other_and_is_told_after_the_report(read, tmp_pat
     monkeypatch.setattr(jobs, "train_and_evaluate", some_fail)
     monkeypatch.setattr(workers, "_side_by_side", in_this_process)
     monkeypatch.setattr(comparison, "measure_start", measured_start)
-    with pytest.raises(workers.RunError) as error:
+    with pytest.raises(jobs.RunError) as error:
         comparison.compare([experiment], tmp_path, tmp_path / "report")
     nan = "FloatingPointError: the loss is NaN"
     assert str(error.value) == (
