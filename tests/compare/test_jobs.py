@@ -11,7 +11,7 @@ import yaml
 from entrocraft_trl.compare import arms, comparison, jobs, workers
 from entrocraft_trl.compare.jobs import Start, jobs_of, measured_start, run_job, tuning_jobs
 from entrocraft_trl.compare.reading import laid_over, read_experiment
-from entrocraft_trl.compare.start import fingerprint
+from entrocraft_trl.compare.start import StartingPoint, fingerprint
 from entrocraft_trl.compare.version import statements
 
 
@@ -296,3 +296,12 @@ def test_weights_are_known_by_what_they_are_and_not_by_where_they_lie(reference_
     (folder / "config.json").write_text("{}")
     assert fingerprint(folder) != fingerprint(reference_folder)
     assert fingerprint("owner/name") == "owner/name"
+
+
+def test_a_start_is_known_by_its_data(own_task, reference_folder):
+    point = StartingPoint(own_task)
+    before = point.identity(reference_folder)
+    assert point.identity(reference_folder) == before and len(before["data"]) == 2
+    with open(own_task["dataset_name"], "a") as stream:
+        stream.write('\n{"question": "1+9=?", "answer": "10"}')
+    assert point.identity(reference_folder) != before
