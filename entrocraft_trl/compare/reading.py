@@ -24,7 +24,10 @@ from .start import StartingPoint
 
 
 # What the runner sets itself, or what the file says elsewhere.
-RESERVED = {"output_dir", "seed", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"}
+RESERVED = {
+    *("output_dir", "seed", "logging_steps", "eval_strategy", "eval_steps"),
+    *("save_strategy", "save_steps", "save_total_limit"),
+}
 BAND_FIELDS = {"entropy_low", "entropy_high", "entropy_unit", "entropy_schedule", "entropy_knots"}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 HIGH_ENTROPY = 10.0  # nats: at the one that will be measured, a band may yet turn out negative
@@ -140,8 +143,8 @@ def _arm(top: Section, name: str, value: Any, has_bands: bool) -> Arm:
     for key in (*settings, *follow):
         if key not in known:
             top.refuse(where, f"{key!r} is no setting of {method}", close=(key, known))
-        if key in RESERVED:
-            top.refuse(where, f"{key!r} is set by the runner")
+        if key in RESERVED or key == "max_steps":
+            top.refuse(where, f"{key!r} is the same for all methods, and set by the runner or in training")
     for key, edge in follow.items():
         if edge not in EDGES:
             top.refuse(f"{where}.follow.{key}", f"is one of {', '.join(EDGES)}, got {edge!r}")

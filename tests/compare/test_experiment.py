@@ -51,7 +51,8 @@ def write(folder: Path, changes: dict | None = None) -> Path:
             "methods.grpo: 'rejection_rule' is no setting of grpo",
         ),
         ({"methods": {"aent": {"aent_clamp": 2.0}}}, "methods.aent: aent_clamp must be finite and in 0..1, got 2.0"),
-        ({"methods": {"grpo": {"seed": 1}}}, "methods.grpo: 'seed' is set by the runner"),
+        ({"methods": {"grpo": {"seed": 1}}}, "methods.grpo: 'seed' is the same for all methods"),
+        ({"methods": {"grpo": {"max_steps": 9}}}, "methods.grpo: 'max_steps' is the same for all methods"),
         ({"methods": {"rule": {"entropy_low": [0.1]}}}, "methods.rule: entropy_low would be a second band"),
         (
             {"methods": {"bonus": {"follow": {"entropy_target": "middle"}}}},
