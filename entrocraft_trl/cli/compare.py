@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     from accelerate import PartialState
 
     from ..compare.comparison import compare
-    from ..compare.workers import RunError, be_quiet
+    from ..compare.jobs import RunError
+    from ..compare.workers import be_quiet
 
     with user_errors():  # data and models that are not there
         with PartialState().main_process_first():  # it makes the embedded starting policy

@@ -12,9 +12,9 @@ from ..reports.plots import save_figure
 from .drawing import DRAWN, draw_summary
 from .experiment import Experiment
 from .figures import Measured, measure
-from .jobs import Job, Start, jobs_of, measured_start, tuning_jobs
+from .jobs import Job, RunError, Start, jobs_of, measured_start, tuning_jobs
 from .table import caption, markdown, rows_of
-from .workers import RunError, measure_start, run_jobs, under_launcher
+from .workers import measure_start, run_jobs, under_launcher
 
 
 def compare(
@@ -39,7 +39,7 @@ def compare(
         `str`: what `.md` holds.
 
     Raises:
-        [`~workers.RunError`]: If runs failed, after all others have ended and the report is written; if a worker was
+        [`~jobs.RunError`]: If runs failed, after all others have ended and the report is written; if a worker was
             killed.
     """
     parts, rows, content = [], [], {"starts": {}, "tuning": {}}

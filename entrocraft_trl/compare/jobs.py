@@ -1,5 +1,6 @@
 """The runs that an experiment means, what each is known by, and the record that it leaves."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -24,7 +25,8 @@ from .records import read_record, write_record
 from .run import evaluate, load, train_and_evaluate
 
 
-VERSIONS = ("trl", "transformers", "torch")
+class RunError(RuntimeError):
+    """Runs failed, cannot begin, or a worker was killed; what is done is kept."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Job:
             "start": self.start,
             "method_version": method_version(self.arm.method),
             "processes": PartialState().num_processes,
-            "versions": {name: version(name) for name in VERSIONS},
+            "versions": library_versions(),
         }
         return json.loads(json.dumps(settings))
 
@@ -89,6 +91,12 @@ class Job:
             if (record := read_record(file, settings)) is not None:
                 return {**record, "arm": self.arm.name, "band": self.band}
         return None
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Of the libraries that a training is made of."""
+    return {name: version(name) for name in ("trl", "transformers", "torch")}
 
 
 def digest_of(settings: dict[str, Any]) -> str:
@@ -125,7 +133,10 @@ def tuning_jobs(experiment: Experiment, start: Start) -> list[Job]:
 
 
 def _job(experiment: Experiment, start: Start, arm: Arm, seed: int, band: str | None, more: tuple) -> Job:
-    knots = tuple(experiment.bands[band].knots(start.entropy)) if band is not None else None
+    try:
+        knots = tuple(experiment.bands[band].knots(start.entropy)) if band is not None else None
+    except ValueError as error:  # known only now that the entropy is
+        raise RunError(f"{experiment.file}: bands.{band}: {error}") from error
     # Evaluations of the start do not matter to a run; its entropy does only through the band.
     return Job(experiment, arm, seed, band, knots, more, start.identity)
 
@@ -236,7 +247,7 @@ def measured_start(experiment: Experiment, folder: Path, *, only_read: bool = Fa
     args = experiment.config(next(iter(experiment.arms.values())), tempfile.gettempdir(), 0, None, {})
     task = experiment.task.task(0, evaluation.temperature, args.max_completion_length)
     identity = experiment.task.identity(task.policy)
-    settings = {"start": identity, "evaluation": evaluation._asdict(), "versions": {n: version(n) for n in VERSIONS}}
+    settings = {"start": identity, "evaluation": evaluation._asdict(), "versions": library_versions()}
     settings = json.loads(json.dumps(settings))
     file = folder / f"start-{digest_of(settings)}.json"
     record = from_main_process(read_record(file, settings))

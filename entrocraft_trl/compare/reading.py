@@ -24,9 +24,13 @@ from .start import StartingPoint
 
 
 # What the runner sets itself, or what the file says elsewhere.
-RESERVED = {"output_dir", "seed", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"}
+RESERVED = {
+    *("output_dir", "seed", "logging_steps", "eval_strategy", "eval_steps"),
+    *("save_strategy", "save_steps", "save_total_limit"),
+}
 BAND_FIELDS = {"entropy_low", "entropy_high", "entropy_unit", "entropy_schedule", "entropy_knots"}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+HIGH_ENTROPY = 10.0  # nats: at the one that will be measured, a band may yet turn out negative
 DRAWINGS = ("entropy", "reward", "pass_at_k")
 DEFAULT_COLUMNS = ("mean_at_n", "pass_at_n", "distinct_correct", "final_entropy", "rms_outside", "step_seconds")
 
@@ -139,8 +143,8 @@ def _arm(top: Section, name: str, value: Any, has_bands: bool) -> Arm:
     for key in (*settings, *follow):
         if key not in known:
             top.refuse(where, f"{key!r} is no setting of {method}", close=(key, known))
-        if key in RESERVED:
-            top.refuse(where, f"{key!r} is set by the runner")
+        if key in RESERVED or key == "max_steps":
+            top.refuse(where, f"{key!r} is the same for all methods, and set by the runner or in training")
     for key, edge in follow.items():
         if edge not in EDGES:
             top.refuse(f"{where}.follow.{key}", f"is one of {', '.join(EDGES)}, got {edge!r}")
@@ -207,7 +211,7 @@ def _report(top: Section) -> Report:
 
 
 def _check_configs(experiment: Experiment) -> None:
-    """Build every arm's config once for each band, around an initial entropy of 1 nat, and with each candidate."""
+    """Build every arm's config once for each band, around a high initial entropy, and with each candidate."""
     shared = {item.name for item in fields(GRPOConfig)}
     for key in experiment.training:
         if key not in shared:
@@ -220,7 +224,7 @@ def _check_configs(experiment: Experiment) -> None:
         for more in tuned.get(arm.name, [{}]):
             for band, plan in plans:
                 try:
-                    knots = plan and plan.knots(1.0)
+                    knots = plan and plan.knots(HIGH_ENTROPY)
                     _refuse_sharded(experiment.config(arm, tempfile.gettempdir(), 0, knots, more))
                 except (ValueError, TypeError) as error:
                     on = f" on the band {band}" if band else ""

@@ -68,7 +68,9 @@ class SentenceSettings:
 SETTINGS = {"expressions": WarmupSettings, "sentences": SentenceSettings, None: DataSettings}
 # Of a task's mapping; everything else is TRL's `ModelConfig`, as for `entrocraft train`.
 NAME = "name"
-FIRST_PROMPTS = 16
+PLACES = ("model_name_or_path", "dataset_name", "eval_dataset_name")  # known by what lies there
+FIRST_PROMPTS = 16  # of a task with words: their rollouts tell the starting entropy
+CONTENT = {".json", ".jsonl", ".csv", ".parquet", ".arrow", ".safetensors", ".bin"}  # of a folder; the rest is paper
 
 
 class StartingPoint:
@@ -178,21 +180,30 @@ class StartingPoint:
         return get_peft_config(self.model)
 
     def identity(self, policy: Path | str) -> dict[str, Any]:
-        """What tells one start from another, as JSON values: settings, the task's code, and the weights."""
-        settings = {**asdict(self.settings), **{k: v for k, v in self.content.items() if k != NAME}}
-        module = (expressions if self.name == "expressions" else sentences).__name__
-        version = code_version([module], {"tasks"}) if self.name else None
-        return {"task": self.name, "version": version, **settings, "policy": fingerprint(policy)}
+        """What tells one start from another, as JSON values: settings, data, the task's code, and the weights."""
+        known = {**asdict(self.settings), **self.content}
+        for key in (NAME, *PLACES):
+            known.pop(key, None)
+        if self.name is None:
+            names = (self.settings.dataset_name, self.settings.eval_dataset_name)
+            known["data"] = [fingerprint(name) for name in names if name]
+        else:
+            module = expressions if self.name == "expressions" else sentences
+            known["version"] = code_version([module.__name__], {"tasks"})
+        return {"task": self.name, **known, "policy": fingerprint(policy)}
 
 
-def fingerprint(policy: Path | str) -> str:
-    """The name of a model on the Hub; of a local folder, a digest of its weights and settings, wherever it lies."""
-    folder = Path(policy)
-    if not folder.is_dir():
-        return str(policy)
+def fingerprint(name: Path | str) -> str:
+    """
+    What a model or a data set is known by: a digest of a local file, or of the weights, rows and settings in a local
+    folder, wherever it lies; else its name on the Hub.
+    """
+    path = Path(name)
+    if not path.exists():
+        return str(name)
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".bin"):
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file == path or file.suffix in CONTENT:
             digest.update(file.name.encode())
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

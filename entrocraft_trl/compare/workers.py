@@ -18,7 +18,7 @@ import transformers
 from tqdm import tqdm
 
 from .experiment import Experiment
-from .jobs import Job, Start, from_main_process, measured_start, run_job
+from .jobs import Job, RunError, Start, from_main_process, measured_start, run_job
 
 
 LOOK = 1.0  # seconds between two looks at what the workers have done
@@ -32,10 +32,6 @@ ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(2**30),
 }
 _steps: Any = None  # in a worker: the steps that each job of this call has made, shared with the parent
-
-
-class RunError(RuntimeError):
-    """Runs failed, or a worker was killed; what is done is kept."""
 
 
 def under_launcher() -> bool:

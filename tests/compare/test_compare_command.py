@@ -42,14 +42,14 @@ def live(line: list[str], folder: Path, checkpoints: str, kill) -> tuple[int, st
     """One life of a command, ended by `kill(process, its workers)` once a checkpoint of a name is there."""
     environment = {**os.environ, **ENVIRONMENT, "ENTROCRAFT_CACHE": str(folder / "cache")}
     process = subprocess.Popen(line, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 240
     while not list((folder / "out" / "mine").glob(checkpoints)):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.05)
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if "spawn_main" in "".join(child.cmdline())]  # and not Python's own helper
     kill(process, workers)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     return process.returncode, error.decode(), workers
 
 

@@ -51,7 +51,8 @@ def write(folder: Path, changes: dict | None = None) -> Path:
             "methods.grpo: 'rejection_rule' is no setting of grpo",
         ),
         ({"methods": {"aent": {"aent_clamp": 2.0}}}, "methods.aent: aent_clamp must be finite and in 0..1, got 2.0"),
-        ({"methods": {"grpo": {"seed": 1}}}, "methods.grpo: 'seed' is set by the runner"),
+        ({"methods": {"grpo": {"seed": 1}}}, "methods.grpo: 'seed' is the same for all methods"),
+        ({"methods": {"grpo": {"max_steps": 9}}}, "methods.grpo: 'max_steps' is the same for all methods"),
         ({"methods": {"rule": {"entropy_low": [0.1]}}}, "methods.rule: entropy_low would be a second band"),
         (
             {"methods": {"bonus": {"follow": {"entropy_target": "middle"}}}},
@@ -73,7 +74,7 @@ def write(folder: Path, changes: dict | None = None) -> Path:
         ({"bands": {"odd": [[0]]}}, "bands.odd: the band has the point [0], which is not [progress, multiple]"),
         ({"bands": {"odd": {"points": 1.0, "shape": "cosine"}}}, "bands.odd: the band has shape 'cosine'"),
         ({"bands": {"odd": {"centre": 1.0}}}, "bands.odd: the band has unknown keys: centre"),
-        ({"bands": {"odd": [[0, 0.01]]}}, "methods.bonus on the band odd: entropy cannot be negative"),
+        ({"bands": {"odd": [[0, 0.0, 0.01]]}}, "methods.bonus on the band odd: entropy cannot be negative"),
         ({"band_width": None}, "bands.constant: the band needs a width in nats"),
         ({"evaluation": {"temprature": 1}}, "evaluation.temprature: is no setting; did you mean 'temperature'?"),
         ({"evaluation": {"temperature": 0}}, "evaluation.temperature: must be positive, got 0"),

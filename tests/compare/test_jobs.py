@@ -11,7 +11,7 @@ import yaml
 from entrocraft_trl.compare import arms, comparison, jobs, workers
 from entrocraft_trl.compare.jobs import Start, jobs_of, measured_start, run_job, tuning_jobs
 from entrocraft_trl.compare.reading import laid_over, read_experiment
-from entrocraft_trl.compare.start import fingerprint
+from entrocraft_trl.compare.start import StartingPoint, fingerprint
 from entrocraft_trl.compare.version import statements
 
 
@@ -61,6 +61,12 @@ def test_seeds_come_first_and_an_unsteered_method_runs_once_on_each(read):
     assert all(job.more == ((("entropy_coef_delta", 0.5),) if job.arm.name == "bonus" else ()) for job in found)
     assert len({job.file_name for job in found}) == len(found)
     assert names(tuning_jobs(experiment, START)) == [(9, "bonus", "linear")] * 2
+
+
+def test_a_band_that_is_negative_at_the_measured_entropy(read):
+    experiment = read(bands={"deep": [[0, 1.0, -0.9]]})
+    with pytest.raises(jobs.RunError, match="mine.yaml: bands.deep: entropy cannot be negative, .* entropy 0.9 nats"):
+        jobs_of(experiment, START, {})
 
 
 def test_without_bands_every_method_runs_once_on_each_seed(read):
@@ -203,7 +209,7 @@ def test_a_failing_run_stops_no_other_and_is_told_after_the_report(read, tmp_pat
     monkeypatch.setattr(jobs, "train_and_evaluate", some_fail)
     monkeypatch.setattr(workers, "_side_by_side", in_this_process)
     monkeypatch.setattr(comparison, "measure_start", measured_start)
-    with pytest.raises(workers.RunError) as error:
+    with pytest.raises(jobs.RunError) as error:
         comparison.compare([experiment], tmp_path, tmp_path / "report")
     nan = "FloatingPointError: the loss is NaN"
     assert str(error.value) == (
@@ -290,3 +296,12 @@ def test_weights_are_known_by_what_they_are_and_not_by_where_they_lie(reference_
     (folder / "config.json").write_text("{}")
     assert fingerprint(folder) != fingerprint(reference_folder)
     assert fingerprint("owner/name") == "owner/name"
+
+
+def test_a_start_is_known_by_its_data(own_task, reference_folder):
+    point = StartingPoint(own_task)
+    before = point.identity(reference_folder)
+    assert point.identity(reference_folder) == before and len(before["data"]) == 2
+    with open(own_task["dataset_name"], "a") as stream:
+        stream.write('\n{"question": "1+9=?", "answer": "10"}')
+    assert point.identity(reference_folder) != before
