@@ -69,7 +69,7 @@ SETTINGS = {"expressions": WarmupSettings, "sentences": SentenceSettings, None: 
 # Of a task's mapping; everything else is TRL's `ModelConfig`, as for `entrocraft train`.
 NAME = "name"
 PLACES = ("model_name_or_path", "dataset_name", "eval_dataset_name")  # known by what lies there
-FIRST_PROMPTS = 16  # of a task with words: their rollouts tell the starting entropy
+FIRST_PROMPTS = 4  # of a task with words: their rollouts tell the starting entropy
 CONTENT = {".json", ".jsonl", ".csv", ".parquet", ".arrow", ".safetensors", ".bin"}  # of a folder; the rest is paper
 
 

@@ -42,12 +42,12 @@ class EntropyControlConfig(CredentialsMixin):
 
         rejection_rule (`str`, defaults to `"advantage_sign"`):
             `"advantage_sign"`: Algorithm 1 of the paper. `"entropy_change"`: test the predicted entropy change of each
-            rollout instead of the sign of its advantage, and reject as much of what goes the wrong way as the
-            position of the entropy in its band calls for. `"influence"`: the same, by that change and by the one in
-            all contexts together, which share the parameters, half and half. In steps where something may have to go,
-            it costs a backward pass over an eighth of the rollouts (at least 16) and a forward pass over all; under bf16, in
-            place of the latter, a forward and a backward pass of each rollout with an advantage. It needs memory for
-            two more copies of the trainable parameters meanwhile, and parameters that are whole on each rank: DDP,
+            rollout instead of the sign of its advantage, and reject as much of what goes the wrong way as the position
+            of the entropy in its band calls for. `"influence"`: the same, by that change and by the one in all
+            contexts together, which share the parameters, half and half. In steps where something may have to go, it
+            costs a backward pass over an eighth of the rollouts (at least 16) and a forward pass over all; under bf16,
+            in place of the latter, a forward and a backward pass of each rollout with an advantage. It needs memory
+            for two more copies of the trainable parameters meanwhile, and parameters that are whole on each rank: DDP,
             ZeRO-1 or ZeRO-2.
         rejected_rollouts (`str`, defaults to `"drop"`):
             `"drop"`: rejected rollouts leave the loss, its denominator and its KL term (as in Eq. 5, whose denominator
