@@ -98,7 +98,7 @@ class MicroBatchMixin:
     def _by_window(self, buffer, ranks, widths) -> list[dict[str, Any]]:
         prompts, completions = what_can_be_cropped(self.model.config)
         size = min(len(buffer), self.args.gradient_accumulation_steps)  # micro-batches of a window
-        most = self.args.per_device_train_batch_size
+        most = len(buffer[0]["advantages"])  # rows of a micro-batch
         normaliser = loss_normaliser(type(self), self.args)
         result, rows, tokens = [], 0, 0
         for first in range(0, len(buffer), size):

@@ -119,6 +119,11 @@ def test_a_declaration_about_a_loss_that_was_replaced_does_not_count():
         def _compute_loss(self, model, inputs):
             return super()._compute_loss(model, inputs)
 
+    class Added(BaselineTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs) + inputs["completion_ids"].sum()
+
+    assert not zero_advantage_is_inert(Added)
     assert zero_advantage_is_inert(DeclaredGMPO) and not zero_advantage_is_inert(Replaced)
     assert not zero_advantage_is_inert(GMPOTrainer) and zero_advantage_is_inert(GRPOTrainer)
 
