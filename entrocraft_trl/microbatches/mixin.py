@@ -82,6 +82,7 @@ class MicroBatchMixin:
 
     def _repacked(self, buffer: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of a generation batch, made up anew if that is exact."""
+        self._window_metrics = []  # of a training that an error has ended
         # In a step that an epoch cuts short, who knows which micro-batch is the last.
         cut_short = self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps
         if self.computes_all_rows() or cut_short:
