@@ -47,7 +47,7 @@ CASES = {
 
 
 class RowsArm(NamedTuple):
-    """`settings` are `None` for plain GRPO; of a group's four rollouts `right` are, but in `dead` groups of ten none."""
+    """`settings` are `None` for plain GRPO. `right` of each group's four rollouts are, but none in `dead` of ten."""
 
     settings: dict[str, Any] | None
     right: int = 2

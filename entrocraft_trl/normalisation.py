@@ -96,13 +96,16 @@ def zero_advantage_is_inert(trainer_class: type) -> bool:
     gradient where the advantage is 0, but for a KL term: so that such a row need not be computed.
 
     It is so for TRL's losses. A loss of one's own may take statistics over all rows, or have a term without advantage;
-    the class that defines `_compute_loss`, or one before it, says `zero_advantage_is_inert = True` where it does not.
-    A second dimension of a tensor among its inputs that is as long as the completions is then taken for their tokens.
+    the class that defines `_compute_loss` or `compute_loss`, or one before it, says `zero_advantage_is_inert = True`
+    where it does not. A second dimension of a tensor among its inputs that is as long as the completions is then taken
+    for their tokens.
     """
     for cls in trainer_class.__mro__:
         if "zero_advantage_is_inert" in vars(cls):
             return bool(vars(cls)["zero_advantage_is_inert"])
-        if "_compute_loss" in vars(cls):
+        # What this package does in `compute_loss` is to weigh what comes out.
+        is_ours = cls.__module__.split(".")[0] == "entrocraft_trl"
+        if "_compute_loss" in vars(cls) or ("compute_loss" in vars(cls) and not is_ours):
             return cls in TRL_LOSSES
     return False
 

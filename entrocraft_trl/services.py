@@ -20,5 +20,6 @@ class Services(
     class Mine(EntropyControlMixin, Services, MyGRPOTrainer): ...
     ```
 
-    Knows nothing of entropy. A method gives the model card its section (`card_section`).
+    Knows nothing of entropy. A config of one's own has the switch of the last (`compute_all_rows`) by mixing in
+    [`MicroBatchConfig`]; without it the default holds. A method gives the model card its section (`card_section`).
     """

@@ -28,8 +28,9 @@ class _NothingToCompute(Exception):
 class MicroBatchMixin:
     """
     For TRL's GRPO and RLOO trainers: put it before the trainer among the bases. Rows without gradient are not
-    computed, and the others in micro-batches of similar lengths, where the gradient is the same up to rounding; see
-    `exactness` for where it is not, and `compute_all_rows` of [`MicroBatchConfig`] for the switch.
+    computed, and the others in micro-batches of similar lengths, where the gradient is the same up to the rounding,
+    of float32 or bf16, of other shapes and of another order of sums. See `exactness` for where it is not the same, and
+    `compute_all_rows` of [`MicroBatchConfig`] for the switch.
 
     TRL generates, shuffles and splits as ever. Then the rows of each *window*, those of one generation batch that one
     optimizer step takes, are put into as few micro-batches as hold them, which come last in the window; the first are
@@ -72,7 +73,7 @@ class MicroBatchMixin:
 
     def computes_all_rows(self) -> bool:
         """Whether every row is computed because of the class, the settings or the model, whatever it holds."""
-        if self._wants("all"):
+        if self._asked_for_all_rows is True:
             return True
         why = why_all_rows(self) or self._why_dropout()
         if why:
@@ -81,6 +82,7 @@ class MicroBatchMixin:
 
     def _repacked(self, buffer: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of a generation batch, made up anew if that is exact."""
+        self._window_metrics = []  # of a training that an error has ended
         # In a step that an epoch cuts short, who knows which micro-batch is the last.
         cut_short = self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps
         if self.computes_all_rows() or cut_short:
@@ -98,7 +100,7 @@ class MicroBatchMixin:
     def _by_window(self, buffer, ranks, widths) -> list[dict[str, Any]]:
         prompts, completions = what_can_be_cropped(self.model.config)
         size = min(len(buffer), self.args.gradient_accumulation_steps)  # micro-batches of a window
-        most = self.args.per_device_train_batch_size
+        most = len(buffer[0]["advantages"])  # rows of a micro-batch
         normaliser = loss_normaliser(type(self), self.args)
         result, rows, tokens = [], 0, 0
         for first in range(0, len(buffer), size):
@@ -121,13 +123,13 @@ class MicroBatchMixin:
         self._log_shares(rows / sum(map(len, ranks)), tokens / everything)
         return result
 
-    def _wants(self, what: str) -> bool:
-        # A config of one's own may lack the field; the default then.
-        return getattr(self.args, "compute_all_rows", None) is {"all": True, "fewer": False}[what]
+    @property
+    def _asked_for_all_rows(self) -> bool | None:
+        return getattr(self.args, "compute_all_rows", None)  # a config of one's own may lack the field
 
     def _why_dropout(self) -> str | None:
         """The dropout that acts, unless other draws than those of a run over all rows were asked for."""
-        if self._wants("fewer"):
+        if self._asked_for_all_rows is False:
             return None
         if self._dropout is None or self._dropout[0] is not self.model:  # the search goes through all modules
             self._dropout = self.model, active_dropout(self.model)

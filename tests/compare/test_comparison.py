@@ -87,7 +87,9 @@ def test_the_log_has_one_record_per_step(runs, name):
     run, _, callback = runs[name]
     assert [record["step"] for record in run.log] == [1, 2] == callback.steps
     assert all(0.0 <= record["reward"] <= 1.0 for record in run.log)
-    assert all(math.isfinite(record["entropy"]) for record in run.log)
+    # TRL's own is left out where rows without an advantage are not computed.
+    key = "entrocraft/entropy" if name == "ours" else "entropy"
+    assert all(math.isfinite(record[key]) for record in run.log)
     assert all(("entrocraft/entropy" in record) == (name == "ours") for record in run.log)
     assert run.seconds > 0
 

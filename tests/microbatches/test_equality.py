@@ -29,7 +29,7 @@ ROLLOUTS = tiny.random_rollouts(len(REWARDS), longest=8)
 SPLITS = {
     "1x16": {"per_device_train_batch_size": 16, "max_steps": 2},
     "4x4": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 2},
-    "3 of 4x4": {
+    "two windows": {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "steps_per_generation": 4,
@@ -103,7 +103,7 @@ def test_every_loss_and_split(loss_type, split):
 @pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_under_control(loss_type, band):
-    trainer = compare(EntrocraftGRPOTrainer, loss_type=loss_type, **SPLITS["3 of 4x4"], **BANDS[band])
+    trainer = compare(EntrocraftGRPOTrainer, loss_type=loss_type, **SPLITS["two windows"], **BANDS[band])
     shares = computed_rows(trainer)
     assert max(shares) < (0.6 if band == "in band" else 0.5)
 
@@ -117,7 +117,7 @@ def test_a_kl_term_stays_on_rows_without_advantage(loss_type, reference_folder):
 
 
 @pytest.mark.parametrize("band", BANDS)
-@pytest.mark.parametrize("split", ["1x16", "4x4", "3 of 4x4"])
+@pytest.mark.parametrize("split", ["1x16", "4x4", "two windows"])
 def test_rloo(split, band):
     # A ratio of whole sequences leaves the clip range soon, and then nothing is left.
     settings = {**SPLITS[split], "learning_rate": 0.002, "beta": 0.0, **BANDS[band]}
@@ -142,7 +142,7 @@ def test_rloo(split, band):
 )
 def test_settings(settings):
     trainer_class = EntrocraftGRPOTrainer if "entropy_low" in settings else BaselineTrainer
-    assert max(computed_rows(compare(trainer_class, **SPLITS["3 of 4x4"], **settings))) < 1
+    assert max(computed_rows(compare(trainer_class, **SPLITS["two windows"], **settings))) < 1
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo"])
@@ -158,7 +158,7 @@ def test_lora(loss_type):
     ],
 )
 def test_rival_methods(trainer_class, settings):
-    assert max(computed_rows(compare(trainer_class, **SPLITS["3 of 4x4"], **settings))) < 1
+    assert max(computed_rows(compare(trainer_class, **SPLITS["two windows"], **settings))) < 1
 
 
 def test_a_window_without_any_gradient():

@@ -80,7 +80,7 @@ STATISTICS = {
 
 @pytest.mark.parametrize("trainer_class", STATISTICS, ids=lambda kind: kind.__name__)
 def test_losses_that_look_at_all_rows(trainer_class, caplog):
-    settings = {**SPLITS["3 of 4x4"], **STATISTICS[trainer_class]}
+    settings = {**SPLITS["two windows"], **STATISTICS[trainer_class]}
     some = train(trainer_class, **settings)
     assert f"{SAID}the loss of {trainer_class.__name__} may read other rows" in caplog.text
     bit_for_bit(some, train(trainer_class, **settings, compute_all_rows=True))
@@ -107,7 +107,7 @@ class DeclaredGMPO(GMPOWithBand):
 
 
 def test_a_loss_of_ones_own_is_left_alone_until_it_says_that_rows_are_their_own(caplog):
-    settings = {**SPLITS["3 of 4x4"], **tiny.TOO_LOW}
+    settings = {**SPLITS["two windows"], **tiny.TOO_LOW}
     some = train(GMPOWithBand, **settings)
     assert f"{SAID}the loss of GMPOWithBand may read other rows" in caplog.text
     bit_for_bit(some, train(GMPOWithBand, **settings, compute_all_rows=True))
@@ -119,6 +119,11 @@ def test_a_declaration_about_a_loss_that_was_replaced_does_not_count():
         def _compute_loss(self, model, inputs):
             return super()._compute_loss(model, inputs)
 
+    class Added(BaselineTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            return super().compute_loss(model, inputs, *args, **kwargs) + inputs["completion_ids"].sum()
+
+    assert not zero_advantage_is_inert(Added)
     assert zero_advantage_is_inert(DeclaredGMPO) and not zero_advantage_is_inert(Replaced)
     assert not zero_advantage_is_inert(GMPOTrainer) and zero_advantage_is_inert(GRPOTrainer)
 

@@ -138,7 +138,7 @@ def test_every_window_counts_once_in_a_log_line():
 
 
 def test_shares_and_clocks():
-    trainer, _ = train(BaselineTrainer, **SPLITS["3 of 4x4"])
+    trainer, _ = train(BaselineTrainer, **SPLITS["two windows"])
     assert all(0.3 < share < 0.8 for share in tiny.history(trainer, "entrocraft/computed_rows"))
     # Of a whole generation batch, hence in the first of its two steps.
     assert len(tiny.history(trainer, "entrocraft/computed_tokens")) == 2
