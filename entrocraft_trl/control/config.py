@@ -40,7 +40,7 @@ class EntropyControlConfig(CredentialsMixin):
 
         > Parameters that control the rejection
 
-        rejection_rule (`str`, defaults to `"advantage_sign"`):
+        rejection_rule (`str`, defaults to `"entropy_change"`):
             `"advantage_sign"`: Algorithm 1 of the paper. `"entropy_change"`: test the predicted entropy change of each
             rollout instead of the sign of its advantage, and reject as much of what goes the wrong way as the position
             of the entropy in its band calls for. `"influence"`: the same, by that change and by the one in all
@@ -114,10 +114,10 @@ class EntropyControlConfig(CredentialsMixin):
         metadata={"help": "Optimizer steps until the end values, which hold afterwards. Default: max_steps."},
     )
     rejection_rule: str = field(
-        default="advantage_sign",
+        default="entropy_change",
         metadata={
-            "help": "'advantage_sign' (Algorithm 1 of the paper), 'entropy_change' (reject rollouts whose predicted "
-            "entropy change points the wrong way) or 'influence' (the same, and by the change in all contexts, which "
+            "help": "'entropy_change' (reject rollouts whose predicted entropy change points the wrong way), "
+            "'advantage_sign' (Algorithm 1 of the paper) or 'influence' (the same, and by the change in all contexts, which "
             "share the parameters: a backward pass over an eighth of the rollouts and more passes, where something "
             "may go).",
             "choices": tuple(rejection.RULES),

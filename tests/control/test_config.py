@@ -161,7 +161,7 @@ def test_defaults(config_class):
     assert (config.entropy_unit, config.entropy_schedule) == ("initial", "linear")
     assert config.entropy_width == "given"
     assert config.entropy_knots is None and config.entropy_schedule_steps is None
-    assert (config.rejection_rule, config.rejected_rollouts) == ("advantage_sign", "drop")  # the paper's own method
+    assert (config.rejection_rule, config.rejected_rollouts) == ("entropy_change", "drop")
     assert (config.out_of_band_advantages, config.reward_coding) == ("estimator", "plus_minus_one")
     assert (config.entropy_aggregation, config.entropy_source) == ("token", "policy")
     assert config.min_accepted_share == 0.0  # Eq. 5 to the letter

@@ -102,6 +102,8 @@ def build_config(config_class=EntrocraftGRPOConfig, **settings):
         "max_grad_norm": 0.0,  # no clipping, which would hide a wrong scale
         "shuffle_dataset": False,
     }
+    if hasattr(config_class, "rejection_rule"):  # the paper's rule keeps what can be told in advance
+        defaults["rejection_rule"] = "advantage_sign"
     return config_class(**{**defaults, **settings})
 
 
