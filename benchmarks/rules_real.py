@@ -2,7 +2,7 @@
 Which rule foresees how a rollout moves the entropy of a real language model.
 
     make real-model && python -m benchmarks.rules_real                # about 20 minutes on one core
-    python -m benchmarks.rules_real --adapter runs/real-model/influence/checkpoint-60
+    python -m benchmarks.rules_real --adapter FOLDER                 # LoRA checkpoint of a run; its name is the row's
 
 One batch is sampled as a training samples it, and each rule keeps what it would keep far below a band. Of what it
 keeps: the share of the rise that all right-way rollouts of influence promise together; the cosine with the entropy's
@@ -13,12 +13,13 @@ fresh batch: a normalised gradient step, and a step along the gradient's sign, a
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import RESULTS, one_quiet_thread
 
 
-ROLLOUTS, GROUP = 96, 8
+ROLLOUTS, GROUP = 64, 4
 ROWS = 16  # of one pass
 # Nats: the gradient step is as long as one that would move the entropy by this much along its own gradient; the sign
 # step is as long as that in the norm, which spreads it evenly over all parameters.
@@ -175,8 +176,7 @@ def measure(adapter: str | None) -> dict[str, Any]:
             del steps
         print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
         rows.append(row)
-    torch.manual_seed(0)
-    return {"policy": adapter or "start", "entropy": before[0], "rollouts": len(mask), "rows": rows}
+    return {"policy": Path(adapter).name if adapter else "start", "entropy": before[0], "rollouts": len(mask), "rows": rows}
 
 
 def table(found: dict[str, Any]) -> str:
