@@ -129,7 +129,6 @@ def entropy_at(trainer, observations: list[dict[str, Any]], values: list | None 
 
 
 def measure(adapter: str | None) -> dict[str, Any]:
-    import torch
 
     from entrocraft_trl.policy.influence import entropy_gradient, total_norm, trainable_parameters
 
@@ -176,7 +175,12 @@ def measure(adapter: str | None) -> dict[str, Any]:
             del steps
         print({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
         rows.append(row)
-    return {"policy": Path(adapter).name if adapter else "start", "entropy": before[0], "rollouts": len(mask), "rows": rows}
+    return {
+        "policy": Path(adapter).name if adapter else "start",
+        "entropy": before[0],
+        "rollouts": len(mask),
+        "rows": rows,
+    }
 
 
 def table(found: dict[str, Any]) -> str:
