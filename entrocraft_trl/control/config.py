@@ -117,7 +117,7 @@ class EntropyControlConfig(CredentialsMixin):
         default="entropy_change",
         metadata={
             "help": "'entropy_change' (reject rollouts whose predicted entropy change points the wrong way), "
-            "'advantage_sign' (Algorithm 1 of the paper) or 'influence' (by that change and by the one in all contexts, "
+            "'advantage_sign' (Algorithm 1 of the paper) or 'influence' (by that change and that in all contexts, "
             "which share the parameters: a backward pass over an eighth of the rollouts, and more passes, where "
             "something may go).",
             "choices": tuple(rejection.RULES),
