@@ -64,14 +64,16 @@ def cell(experiment: Experiment, row: Mapping[str, Any], figure: str) -> str:
 
 def caption(experiment: Experiment, start: Start) -> str:
     """What the table is about, and how it was made."""
-    evaluation, seeds = experiment.evaluation, experiment.seeds
+    evaluation, seeds, n = experiment.evaluation, experiment.seeds, experiment.evaluation.samples
+    repeats = f", {evaluation.repeats} times over" if evaluation.repeats > 1 else ""
     over = (
         f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     )
     sentences = [
         f"{experiment.max_steps} optimizer steps from {start.entropy:.3f} nats; {over}.",
-        f"Evaluated with {evaluation.samples} samples of each held-out prompt, {evaluation.repeats} times over, at "
-        f"temperature {evaluation.temperature:g}.",
+        f"Evaluated with {n} samples of each held-out prompt{repeats}, at temperature {evaluation.temperature:g}; "
+        f"there the starting policy has mean@{n} {start.evaluation[f'mean@{n}']:.3f}, pass@{n} "
+        f"{start.evaluation[f'pass@{n}']:.3f} and {start.evaluation['distinct_correct']:.1f} distinct right answers.",
     ]
     if experiment.bands:
         sentences.append(

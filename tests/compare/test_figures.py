@@ -158,7 +158,7 @@ def experiment():
     )
 
 
-START = Start({}, 1.0, {"mean@32": 0.1})
+START = Start({}, 1.0, {"mean@32": 0.1, "pass@32": 0.75, "distinct_correct": 1.5})
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,9 @@ def test_the_table_has_the_columns_of_the_file_and_spreads(experiment, records):
     )
     assert len(lines) == 2 + len(rows) and lines[2].startswith("| constant | grpo | 0.0050 ± 0.0071 | ")
     assert " | – | 100% ± 0% | 0.500 ± 0.141 | " in lines[2]
-    assert "mean ± standard deviation over seeds 0, 1" in caption(experiment, START)
+    said = caption(experiment, START)
+    assert "mean ± standard deviation over seeds 0, 1" in said and "prompt, 4 times over, at temperature 1;" in said
+    assert "the starting policy has mean@32 0.100, pass@32 0.750 and 1.5 distinct right answers" in said
     one = [{**row, "seeds": [0]} for row in rows]
     assert "±" not in markdown(experiment, one)
 
