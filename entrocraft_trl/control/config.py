@@ -248,7 +248,7 @@ class EntropyControlConfig(CredentialsMixin):
         if self.entropy_source == "sampling":
             raise ValueError(
                 f"rejection_rule={self.rejection_rule!r} needs each token's entropy, which entropy_source='sampling' "
-                "does not measure; use entropy_source='policy'."
+                "does not measure; use entropy_source='policy', or rejection_rule='advantage_sign'."
             )
 
     def _check_gradients_can_be_taken(self):

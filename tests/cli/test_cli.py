@@ -192,7 +192,11 @@ def test_errors_before_any_command(capsys):
         (["--num_generations", "3"], "must be divisible by num_generations (3)"),
         (["--prompt_template", "no place"], "prompt_template must contain '{prompt}', got 'no place'"),
         (["--embedded_task", "expressions"], "embedded_task='expressions' brings its own data"),
-        (["--entropy_source", "sampling"], "entropy_source='sampling' needs a rollout engine"),
+        (["--entropy_source", "sampling"], "or rejection_rule='advantage_sign'"),
+        (
+            ["--entropy_source", "sampling", "--rejection_rule", "advantage_sign"],
+            "entropy_source='sampling' needs a rollout engine",
+        ),
     ],
 )
 def test_one_line_for_what_a_user_gets_wrong(tiny_model, tmp_path, capsys, extra, message):

@@ -120,7 +120,8 @@ def wrong_fields(values: dict) -> list[str]:
     share = values["min_accepted_share"]
     if not is_number(share) or not 0 <= float(share) <= 1:
         wrong.append("min_accepted_share")
-    if values.get("rejection_rule") in ("entropy_change", "influence") and values.get("entropy_source") == "sampling":
+    rule = values.get("rejection_rule", "entropy_change")
+    if rule in ("entropy_change", "influence") and values.get("entropy_source") == "sampling":
         wrong += ["rejection_rule", "entropy_source"]
     return wrong
 

@@ -123,12 +123,12 @@ def test_scores_over_all_tokens_are_refused_where_a_part_of_them_is_trained_on()
     fields = {**CPU, "rejection_rule": "entropy_change", "top_entropy_quantile": 0.2}
     with pytest.raises(ValueError, match="rejection_rule='entropy_change'.*top_entropy_quantile=0.2.*advantage_sign"):
         EntrocraftGRPOConfig("run", **fields)
-    EntrocraftGRPOConfig("run", **CPU, top_entropy_quantile=0.2)
+    EntrocraftGRPOConfig("run", **CPU, top_entropy_quantile=0.2, rejection_rule="advantage_sign")
 
 
 def test_rloo_keeps_no_log_probs_of_an_engine_to_read():
     with pytest.raises(ValueError, match="entropy_source='sampling'.*RLOO.*entropy_source='policy'"):
-        EntrocraftRLOOConfig("run", **CPU, entropy_source="sampling")
+        EntrocraftRLOOConfig("run", **CPU, entropy_source="sampling", rejection_rule="advantage_sign")
 
 
 ON_COMMAND_LINE = [(fields, parts) for fields, parts in REFUSED if fields.get("entropy_high") != []]
