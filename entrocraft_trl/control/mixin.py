@@ -15,6 +15,7 @@ from ..constructor import call_of_trls_constructor
 from ..policy.batch_entropy import (
     BatchTotals,
     check_readable,
+    cluster_sums,
     policy_totals,
     reading_scatter,
     rollout_sums,
@@ -172,11 +173,14 @@ class EntropyControlMixin(PolicyReadingMixin):
             tokens, read_from, logps = None, "engine", batch["sampling_per_token_logps"]
             sums = sampling_totals(logps, mask, aggregation)
             of_rollouts = rollout_sums(-logps, mask.bool() & ~torch.isnan(logps), aggregation)
-        totals = BatchTotals(*self.accelerator.reduce(sums, reduction="sum").tolist())
+        rank, ranks, rows = self.accelerator.process_index, self.accelerator.num_processes, len(mask)
+        clusters = cluster_sums(of_rollouts, rank * rows, ranks * rows, self.num_generations)
+        # One reduction for both: on many ranks each costs as much as all that control computes.
+        both = self.accelerator.reduce(torch.cat([sums, clusters.flatten()]), reduction="sum")
+        totals = BatchTotals(*both[: len(sums)].tolist())
         check_readable(totals, source, self.state.global_step)
-        scatter = reading_scatter(self.accelerator.gather(of_rollouts), self.num_generations)
         if totals.tokens:
-            memory = self.control_memory
+            memory, scatter = self.control_memory, reading_scatter(both[len(sums) :].view(-1, 2))
             memory.reading_scatter = schedule.running_scatter(memory.reading_scatter, scatter)
             self._log_metrics({"recorded": read_from == "record", "own_pass": read_from == "own_pass"})
         return tokens, totals
@@ -258,14 +262,15 @@ class EntropyControlMixin(PolicyReadingMixin):
         weights = loss_inputs.token_weights(mask, loss_inputs.loss_normaliser(type(self), self.args))
         sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
         scores = rejection.entropy_change_scores(advantages, sampled, tokens.expected, mask, weights)
-        scores = self.accelerator.gather(scores)
         if self.args.rejection_rule == "influence":
-            of_all_ranks = self.accelerator.gather(advantages)
+            scores, of_all_ranks = self.accelerator.gather(torch.stack([scores, advantages], dim=1)).T
             if not of_all_ranks.any():
                 return all_of_them, allowed
             influence = self._influence_scores(batch, advantages, mask, weights, tokens, totals)
             scores = rejection.both_scores(scores, self.accelerator.gather(influence))
             allowed["influence_agrees"] = diagnosis.share_of_one_sign(scores, of_all_ranks)
+        else:
+            scores = self.accelerator.gather(scores)
         keep = rejection.accept_by_entropy_change(scores, least, most)
         first = self.accelerator.process_index * len(advantages)
         return keep[first : first + len(advantages)], allowed

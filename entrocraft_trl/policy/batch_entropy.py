@@ -97,22 +97,37 @@ def rollout_sums(entropies: torch.Tensor, mask: torch.Tensor, aggregation: str) 
     return torch.stack([sums / tokens.clamp(min=1), (tokens > 0).float()], dim=1)
 
 
-def reading_scatter(sums: torch.Tensor, num_generations: int) -> float:
+def cluster_sums(sums: torch.Tensor, first: int, total: int, num_generations: int) -> torch.Tensor:
     """
-    Standard error of a batch's entropy in nats: how far the readings of fresh batches would lie apart.
-
-    Rollouts of one prompt are alike, so that groups are what was drawn independently: the linearised error of a ratio
-    of sums over clusters. With a single group, what its rollouts tell of each other has to do.
+    What was drawn independently of each other, to be added up over ranks: groups, since rollouts of one prompt are
+    alike. With a single group, what its rollouts tell of each other has to do.
 
     Args:
-        sums (`torch.Tensor` of shape `(N, 2)`): `rollout_sums` of all ranks' rollouts, group by group.
-        num_generations (`int`): Rollouts of a group.
+        sums (`torch.Tensor` of shape `(B, 2)`): `rollout_sums` of this rank's rollouts.
+        first (`int`): Place of the first of them among those of all ranks, which stand group by group.
+        total (`int`): Rollouts of all ranks.
+        num_generations (`int`): Rollouts of a group, which may lie on several ranks.
 
     Returns:
-        `float`: 0.0 for a single rollout, or without a loss token.
+        `torch.Tensor` of shape `(C, 2)`: Sums of this rank's rollouts in each cluster, 0 in those of other ranks.
     """
-    sums = sums.cpu().double()  # not every device has float64, and all ranks must come to the same number
-    clusters = sums.view(-1, num_generations, 2).sum(dim=1) if len(sums) > num_generations else sums
+    size = num_generations if total > num_generations else 1
+    clusters = torch.arange(first, first + len(sums), device=sums.device) // size
+    return sums.new_zeros(total // size, 2).index_add(0, clusters, sums)
+
+
+def reading_scatter(clusters: torch.Tensor) -> float:
+    """
+    Standard error of a batch's entropy in nats: how far the readings of fresh batches would lie apart. It is the
+    linearised error of a ratio of sums over clusters.
+
+    Args:
+        clusters (`torch.Tensor` of shape `(C, 2)`): `cluster_sums`, added up over all ranks.
+
+    Returns:
+        `float`: 0.0 for a single cluster, or without a loss token.
+    """
+    clusters = clusters.cpu().double()  # not every device has float64, and all ranks must come to the same number
     total, count = clusters.sum(dim=0)
     if len(clusters) < 2 or not count:
         return 0.0

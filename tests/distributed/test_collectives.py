@@ -1,11 +1,11 @@
 """
 What entropy control adds to the communication of a generation batch: three sums of a handful of scalars.
 
-One sum makes the entropy reading, one the counts of what was kept, and one, in each optimizer step, says whether any
-rollout teaches something; where the policy can be read while it samples, one more says whether that worked on every
-rank. The entropy-change rule, which ranks the rollouts of all ranks by score, gathers one float per rollout besides.
-Influence gathers two, and adds up a gradient: one sum a trainable parameter, of its size. To compute some of the rows
-only, each rank gathers six numbers a row.
+One sum makes the entropy reading and its scatter, with two numbers a group (of a single one, two a rollout), one the
+counts of what was kept, and one, in each optimizer step, says whether any rollout teaches something; where the policy
+can be read while it samples, one more says whether that worked on every rank. The entropy-change rule, which ranks the
+rollouts of all ranks by score, gathers one float per rollout besides. Influence gathers three, and adds up a gradient:
+one sum a trainable parameter, of its size. To compute some of the rows only, each rank gathers six numbers a row.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ RULES = (
     "advantage_sign_reward",
     "entropy_change",
 )
-HANDFUL = 24  # numbers in all sums together; they are 20 now
+HANDFUL = 24 + 2 * cases.ROWS  # numbers in all sums together; they are 20 now, and two for each rollout of one group
 ROWS_OF_A_RANK = cases.ROWS // cases.RANKS
 
 
@@ -100,4 +100,4 @@ def test_influence_adds_up_one_gradient_where_something_may_go(ranks):
         else:
             # Besides the parameters, the count of what the gradient is the mean of.
             assert sums_of(step) == sorted([*small, *sizes, 1])
-            assert gathers == [f"all_gather {ROWS_OF_A_RANK}"] * 2
+            assert sorted(gathers) == [f"all_gather {numbers * ROWS_OF_A_RANK}" for numbers in (1, 2)]

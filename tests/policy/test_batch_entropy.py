@@ -70,6 +70,10 @@ def test_an_empty_batch_counts_nothing(aggregation):
 # ------------------------------------------------------------------------------------------------ scatter of a reading
 
 
+def scatter_of(sums: torch.Tensor, num_generations: int) -> float:
+    return batch_entropy.reading_scatter(batch_entropy.cluster_sums(sums, 0, len(sums), num_generations))
+
+
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_the_scatter_is_how_far_fresh_batches_lie_apart(aggregation):
     """Against 2,000 batches drawn anew: prompts differ, rollouts of one prompt differ less, lengths go with both."""
@@ -88,26 +92,34 @@ def test_the_scatter_is_how_far_fresh_batches_lie_apart(aggregation):
         sums = batch_entropy.rollout_sums(*draw(), aggregation)
         total, count = sums.sum(dim=0).tolist()
         readings.append(total / count)
-        scatters.append(batch_entropy.reading_scatter(sums, size))
+        scatters.append(scatter_of(sums, size))
     # The linearised error of a ratio over 8 clusters comes out a tenth too small at most.
     assert np.sqrt(np.mean(np.square(scatters))) == pytest.approx(np.std(readings), rel=0.1)
-    assert batch_entropy.reading_scatter(sums, 1) < 0.7 * np.std(readings), "the case cannot tell groups from rollouts"
+    assert scatter_of(sums, 1) < 0.7 * np.std(readings), "the case cannot tell groups from rollouts"
 
 
 def test_the_scatter_in_numbers():
     """Two groups of two: sums 4 and 9 over 2 and 3 tokens, mean 13 / 5; residuals -1.2 and 1.2."""
     sums = torch.tensor([[1.0, 1.0], [3.0, 1.0], [4.0, 2.0], [5.0, 1.0]])
-    assert batch_entropy.reading_scatter(sums, 2) == pytest.approx(math.sqrt(2 * (1.2**2 + 1.2**2)) / 5)
+    assert scatter_of(sums, 2) == pytest.approx(math.sqrt(2 * (1.2**2 + 1.2**2)) / 5)
 
 
 def test_one_group_is_judged_by_its_rollouts():
     sums = torch.tensor([[1.0, 1.0], [3.0, 1.0]])
-    assert batch_entropy.reading_scatter(sums, 2) == pytest.approx(math.sqrt(2 * (1.0 + 1.0)) / 2)
+    assert scatter_of(sums, 2) == pytest.approx(math.sqrt(2 * (1.0 + 1.0)) / 2)
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_a_group_may_lie_on_several_ranks(size):
+    sums = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
+    parts = [batch_entropy.cluster_sums(sums[rows], rows.start, 6, size) for rows in (slice(0, 2), slice(2, 6))]
+    clusters = sums.view(-1, size, 2).sum(dim=1) if size < 6 else sums
+    torch.testing.assert_close(sum(parts), clusters)
 
 
 @pytest.mark.parametrize("sums", [[[2.0, 3.0]], [[0.0, 0.0], [0.0, 0.0]]], ids=["one rollout", "no loss token"])
 def test_nothing_to_compare_scatters_by_nothing(sums):
-    assert batch_entropy.reading_scatter(torch.tensor(sums), 1) == 0.0
+    assert scatter_of(torch.tensor(sums), 1) == 0.0
 
 
 def test_half_precision_is_summed_in_float32():
