@@ -59,6 +59,14 @@ def resolves_small_steps(model: torch.nn.Module) -> bool:
     return all(parameter.dtype in (torch.float32, torch.float64) for parameter in model.parameters())
 
 
+def rounds_products() -> bool:
+    """Whether torch was told to use TF32 or bfloat16 inside float32 products, which drowns a small step as well."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set for single backends, which this function of torch's refuses to sum up
+        return True
+
+
 def entropy_gradient(
     read: Callable[..., Any],
     model: torch.nn.Module,

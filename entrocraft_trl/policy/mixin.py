@@ -158,7 +158,7 @@ class PolicyReadingMixin:
             return torch.zeros(count, device=mask.device)
         for part in gradient:
             part.div_(norm)
-        rounds = self.accelerator.mixed_precision != "no" or self.args.tf32
+        rounds = self.accelerator.mixed_precision != "no" or self.args.tf32 or influence.rounds_products()
         if rounds or not influence.resolves_small_steps(self.model):
             asked = rows.nonzero().flatten().tolist()
             return influence.derivatives_by_gradients(self._read_pass, self.model, batch, mask, asked, gradient)

@@ -145,6 +145,23 @@ def test_in_bf16_it_is_the_gradients_that_are_asked(low, monkeypatch):
     assert error(derivatives(trainer, batch, mask), exact) > 0.3
 
 
+def test_rounded_products_are_no_better(monkeypatch):
+    """`set_float32_matmul_precision("medium")`: bfloat16 inside, on the processors that have it."""
+    trainer, batch = prepared()
+    mask = batch["completion_mask"]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        monkeypatch.setattr(
+            influence, "derivatives_by_difference", lambda *args, **kwargs: pytest.fail("a difference")
+        )
+        assert influence.rounds_products()
+        assert error(derivatives(trainer, batch, mask), exact_derivatives(trainer, batch, mask)) < 0.05
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert not influence.rounds_products()
+
+
 @pytest.mark.parametrize("precise", [True, False])
 def test_a_gradient_of_zero_moves_nothing(precise, monkeypatch):
     trainer, batch = prepared()
