@@ -147,7 +147,8 @@ def _panels(
     y_label: str,
 ) -> Figure:
     """A panel for each method and band, methods in lines where there are several bands."""
-    bands, arms = list(experiment.bands) or [None], list(experiment.arms)
+    bands, done = list(experiment.bands) or [None], {record["arm"] for record in records}
+    arms = [arm for arm in experiment.arms if arm in done] or list(experiment.arms)
     if len(bands) > 1:
         lines, columns = len(arms), len(bands)
         places = {(arm, band): (line, column) for line, arm in enumerate(arms) for column, band in enumerate(bands)}
