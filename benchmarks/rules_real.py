@@ -50,7 +50,7 @@ def observed_trainer(adapter: str | None):
     task = sentence_task()
     model, tokenizer = load_policy(task)
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload().requires_grad_()
     args = EntrocraftGRPOConfig(
         "runs/rules-real",
         per_device_train_batch_size=ROLLOUTS,
