@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import tiny
+import torch
 
 from entrocraft_trl.checkpoints import background_uploads, hub_download
 from entrocraft_trl.checkpoints.hub_download import fetch_for_all
@@ -46,6 +47,9 @@ def main(result_file: str, *cases: str) -> None:
     args = tiny.build_config(ddp_backend="gloo")
     results = {case: fetch(args, *case.split("=")) for case in cases}
     Path(result_file).write_text(json.dumps(results))
+    # A process that leaves while the other's threads still talk to it ends both with an abort now and then.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
