@@ -4,13 +4,11 @@ import argparse
 import difflib
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import yaml
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
-from ..data.loading import PromptFormat
 from ..methods import METHODS
 from . import CommandError, CommandParser, is_main_process
 from .recipe import config_file, recipes
@@ -221,26 +219,3 @@ def _set_aside(in_file: list[str], method: str) -> list[str]:
         print(f"entrocraft: {method} does not read these keys of the config file: {', '.join(aside)}", file=sys.stderr)
     rest = [(key, value) for key, value in zip(keys, in_file[1::2], strict=True) if key not in others]
     return [word for key, value in rest for word in (f"--{key}", value)]
-
-
-def prompt_format(options: Any, tokenizer: Any, model: str) -> PromptFormat:
-    """
-    How rows become prompts, by the options that `train` and `eval` share.
-
-    Raises:
-        ValueError: If chat messages are asked for and the tokenizer of `model` has no chat template.
-    """
-    has_template = tokenizer.chat_template is not None
-    if options.prompt_format == "conversational" and not has_template:
-        raise ValueError(
-            f"prompt_format='conversational' needs a chat template, which the tokenizer of {model!r} does not have"
-        )
-    return PromptFormat(
-        prompt_column=options.prompt_column,
-        answer_column=options.answer_column,
-        answer_after=options.answer_after,
-        answer_template=options.answer_template,
-        system_prompt=options.system_prompt,
-        prompt_template=options.prompt_template,
-        conversational=options.prompt_format != "text" and has_template,
-    )

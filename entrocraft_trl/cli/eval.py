@@ -153,10 +153,9 @@ def _load_tokenizer(args: argparse.Namespace):
 
 
 def _data(args: argparse.Namespace, tokenizer) -> tuple[Dataset, Callable]:
-    from ..data.loading import BUILDERS, load_rows, prepare_rows
+    from ..data.loading import BUILDERS, load_rows, prepare_rows, prompt_format
     from ..data.rewards import check_reward_columns, load_reward
     from ..evaluation.scoring import check_reward
-    from .arguments import prompt_format
 
     form = prompt_format(args, tokenizer, args.model)
     is_file = Path(args.dataset).suffix.lower() in BUILDERS  # a file has one split, "train"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..printable import printable
 from . import CommandError, is_main_process, user_errors
-from .arguments import EntrocraftScriptArguments, parse, prompt_format
+from .arguments import EntrocraftScriptArguments, parse
 
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _data(script_args, training_args, model_args, mixture_args):
     """Training and evaluation rows, checked, with the columns that TRL reads."""
     from trl import get_dataset
 
-    from ..data.loading import drop_long_prompts, load_rows, prepare_rows
+    from ..data.loading import drop_long_prompts, load_rows, prepare_rows, prompt_format
     from ..evaluation.sampling import encode_prompt
 
     if not script_args.dataset_name and not mixture_args.datasets:

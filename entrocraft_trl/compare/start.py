@@ -12,7 +12,7 @@ from peft import PeftConfig
 from transformers import AutoTokenizer, GenerationConfig
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from ..data.loading import PromptFormat, drop_long_prompts, load_rows, prepare_rows
+from ..data.loading import drop_long_prompts, load_rows, prepare_rows, prompt_format
 from ..data.rewards import check_reward_columns, load_reward
 from ..evaluation.sampling import encode_prompt
 from ..tasks import expressions, sentences
@@ -131,14 +131,7 @@ class StartingPoint:
     def _data_task(self, temperature: float, max_completion_length: int) -> Task:
         settings, name = self.settings, self.model.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(name, revision=self.model.model_revision)
-        has_template = tokenizer.chat_template is not None
-        if settings.prompt_format == "conversational" and not has_template:
-            raise ValueError(f"prompt_format='conversational' needs a chat template, which {name!r} does not have")
-        names = ("prompt_column", "answer_column", "answer_after", "answer_template", "system_prompt")
-        form = PromptFormat(
-            **{key: getattr(settings, key) for key in (*names, "prompt_template")},
-            conversational=settings.prompt_format != "text" and has_template,
-        )
+        form = prompt_format(settings, tokenizer, name)
         rows = load_rows(settings.dataset_name, settings.dataset_train_split, settings.dataset_config)
         rows = prepare_rows(rows, form, settings.max_samples)
         if settings.max_prompt_length is not None:

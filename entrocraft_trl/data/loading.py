@@ -195,6 +195,33 @@ class PromptFormat:
         return (self.answer_template or "{answer}").replace("{answer}", text.strip())
 
 
+def prompt_format(options: Any, tokenizer: Any, model: str) -> PromptFormat:
+    """
+    How rows become prompts, by options that are named as its own, and `prompt_format`.
+
+    Args:
+        options (`Any`): Arguments of `entrocraft train` or `entrocraft eval`, or the settings of a comparison.
+        tokenizer (`Any`), model (`str`): The model's, and its name.
+
+    Raises:
+        `ValueError`: If chat messages are asked for and the tokenizer of `model` has no chat template.
+    """
+    has_template = tokenizer.chat_template is not None
+    if options.prompt_format == "conversational" and not has_template:
+        raise ValueError(
+            f"prompt_format='conversational' needs a chat template, which the tokenizer of {model!r} does not have"
+        )
+    return PromptFormat(
+        prompt_column=options.prompt_column,
+        answer_column=options.answer_column,
+        answer_after=options.answer_after,
+        answer_template=options.answer_template,
+        system_prompt=options.system_prompt,
+        prompt_template=options.prompt_template,
+        conversational=options.prompt_format != "text" and has_template,
+    )
+
+
 def _shorten(text: str, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
