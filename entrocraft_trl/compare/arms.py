@@ -13,8 +13,8 @@ from ..trainer import EntrocraftRLOOTrainer
 from .version import code_version
 
 
-# Of this package, what a training depends on. The services of a trainer change no step.
-WINGS = {"policy", "control", "baselines", "config", "trainer"}
+# Of this package, what a training depends on. The other services of a trainer change no step.
+WINGS = {"policy", "control", "microbatches", "normalisation", "baselines", "config", "trainer"}
 
 
 @dataclass

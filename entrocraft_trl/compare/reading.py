@@ -28,7 +28,9 @@ RESERVED = {
     *("output_dir", "seed", "logging_steps", "eval_strategy", "eval_steps"),
     *("save_strategy", "save_steps", "save_total_limit"),
 }
-BAND_FIELDS = {"entropy_low", "entropy_high", "entropy_unit", "entropy_schedule", "entropy_knots"}
+BAND_FIELDS = {
+    *("entropy_low", "entropy_high", "entropy_unit", "entropy_width", "entropy_schedule", "entropy_knots"),
+}
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 HIGH_ENTROPY = 10.0  # nats: at the one that will be measured, a band may yet turn out negative
 DRAWINGS = ("entropy", "reward", "pass_at_k")

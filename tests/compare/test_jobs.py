@@ -105,6 +105,15 @@ def test_a_run_is_known_by_what_it_depends_on_and_by_nothing_else(read, monkeypa
 method_version = arms.method_version
 
 
+def test_the_version_of_a_method_counts_how_its_update_is_computed(monkeypatch):
+    """Which rows are left out, and what the others weigh, is part of a training."""
+    whole, found = arms.WINGS, set()
+    for wing in (None, "microbatches", "normalisation"):
+        monkeypatch.setattr(arms, "WINGS", whole - {wing})
+        found.add(method_version.__wrapped__("entrocraft"))
+    assert len(found) == 3
+
+
 def test_the_version_of_a_method_is_that_of_its_code():
     versions = {name: method_version(name) for name in ("entrocraft", "grpo", "clip_cov", "kl_cov")}
     assert len(set(versions.values())) == 4
