@@ -80,14 +80,14 @@ def kept_by(observation: dict[str, Any]) -> dict[str, Any]:
     advantages, tokens, influence = observation["advantages"], observation["tokens"], observation["influence"]
     sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
     change = rejection.entropy_change_scores(advantages, sampled, tokens.expected, observation["mask"])
-    either = change / change.abs().mean() + influence / influence.abs().mean()
+    both = rejection.both_scores(change, influence)
     return {
         "all": advantages != 0,
         "positive advantages": advantages > 0,
         "negative advantages (sign rule)": advantages < 0,
         "S - N (entropy change)": change < 0,
         "influence": influence < 0,
-        "both, each by its mean size": either < 0,
+        "both, each by its mean size": both < 0,
     }
 
 

@@ -1,6 +1,5 @@
 """What the benchmarks share: the results' folder, and one quiet thread."""
 
-import warnings
 from pathlib import Path
 
 
@@ -10,9 +9,8 @@ RESULTS = Path(__file__).parent / "results"
 def one_quiet_thread() -> None:
     """One thread, so that two runs side by side take the two cores, and no progress bars among the printed figures."""
     import torch
-    import transformers
 
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    from entrocraft_trl.compare.workers import be_quiet
+
+    be_quiet()
     torch.set_num_threads(1)

@@ -23,7 +23,6 @@ from transformers import (
 from ..evaluation.accuracy import self_similarity
 from ..evaluation.evaluate import evaluate_policy, sample_and_score
 from ..evaluation.records import summarise_records
-from ..tasks import expressions
 from ..tasks.task import Task, load_policy
 
 
@@ -86,15 +85,8 @@ def evaluate(
     }
 
 
-def evaluate_start(
-    task: Task, *, on_training_prompts: bool = False, seed: int = 0, progress: bool = False
-) -> dict[str, float]:
-    """
-    [`evaluate`] of the starting policy. At temperature 1, its `entropy` on the training prompts is what a run measures
-    first.
-    """
-    if on_training_prompts:
-        task = task._replace(test=expressions.make_dataset("train", len(expressions.TRAIN_TARGETS), 0))
+def evaluate_start(task: Task, *, seed: int = 0, progress: bool = False) -> dict[str, float]:
+    """[`evaluate`] of the starting policy."""
     return evaluate(*load_policy(task), task, seed=seed, progress=progress)
 
 
