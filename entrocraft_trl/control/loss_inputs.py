@@ -4,10 +4,7 @@ from typing import Any
 
 import torch
 
-# What a loss divides by is not a matter of entropy; the names stay readable here, for the trainer beside this file.
 from ..normalisation import KEPT, ROW_SCALE, without_trace
-from ..normalisation import loss_normaliser as loss_normaliser
-from ..normalisation import micro_batch_weight as micro_batch_weight
 
 
 # Values of `rejected_rollouts`, and what the model card says of them.

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from .. import metric_names
 from ..constructor import call_of_trls_constructor
+from ..normalisation import KEPT, loss_normaliser, micro_batch_weight
 from ..policy.batch_entropy import (
     BatchTotals,
     check_readable,
@@ -20,6 +21,7 @@ from ..policy.batch_entropy import (
     reading_scatter,
     rollout_sums,
     sampling_totals,
+    scored_tokens,
 )
 from ..policy.mixin import Heard, PolicyReadingMixin
 from ..policy.tokens import TokenReading, loss_mask, sampled_entropy_term
@@ -44,7 +46,7 @@ class EntropyControlMixin(PolicyReadingMixin):
     never left gives the parent's training bit for bit.
 
     A trainer with a `_compute_loss` of its own says in a class attribute `loss_normaliser` what that divides by (see
-    [`loss_inputs.NORMALISERS`]), so that rollouts are judged and dropped as it weighs them. The loss has to mask
+    [`normalisation.NORMALISERS`]), so that rollouts are judged and dropped as it weighs them. The loss has to mask
     tokens by `completion_mask * tool_mask`, as TRL's do, and all that it returns is weighed.
 
     Args:
@@ -95,7 +97,7 @@ class EntropyControlMixin(PolicyReadingMixin):
                 f"{type(config).__name__}; it takes the same arguments and adds the entropy band."
             )
         if config.rejected_rollouts == "drop" or config.rejection_rule != "advantage_sign":
-            loss_inputs.loss_normaliser(type(self), config)
+            loss_normaliser(type(self), config)
 
     @staticmethod
     def _check_engine(config: Any, rollout_func: Any) -> None:
@@ -172,7 +174,7 @@ class EntropyControlMixin(PolicyReadingMixin):
                 raise ValueError("entropy_source='sampling', but the rollout engine returned no 'logprobs'.")
             tokens, read_from, logps = None, "engine", batch["sampling_per_token_logps"]
             sums = sampling_totals(logps, mask, aggregation)
-            of_rollouts = rollout_sums(-logps, mask.bool() & ~torch.isnan(logps), aggregation)
+            of_rollouts = rollout_sums(-logps, scored_tokens(logps, mask), aggregation)
         rank, ranks, rows = self.accelerator.process_index, self.accelerator.num_processes, len(mask)
         clusters = cluster_sums(of_rollouts, rank * rows, ranks * rows, self.num_generations)
         # One reduction for both: on many ranks each costs as much as all that control computes.
@@ -259,7 +261,7 @@ class EntropyControlMixin(PolicyReadingMixin):
         allowed = {"least_change": least, "most_change": most}
         if (least, most) == (-1.0, 1.0):
             return all_of_them, allowed
-        weights = loss_inputs.token_weights(mask, loss_inputs.loss_normaliser(type(self), self.args))
+        weights = loss_inputs.token_weights(mask, loss_normaliser(type(self), self.args))
         sampled = sampled_entropy_term(tokens.logps, tokens.entropies)
         scores = rejection.entropy_change_scores(advantages, sampled, tokens.expected, mask, weights)
         if self.args.rejection_rule == "influence":
@@ -363,9 +365,9 @@ class EntropyControlMixin(PolicyReadingMixin):
         if self.model.training:
             self._count_empty_step(inputs)
         # Not in `_compute_loss`: a subclass that computes a loss of its own there would leave the weight out.
-        if loss_inputs.KEPT not in inputs:
+        if KEPT not in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        weight = loss_inputs.micro_batch_weight(inputs, loss_inputs.loss_normaliser(type(self), self.args))
+        weight = micro_batch_weight(inputs, loss_normaliser(type(self), self.args))
         # TRL adds the router loss of a mixture of experts inside; it is no mean over the rollouts that are left.
         coefficient = self.router_aux_loss_coef
         self.router_aux_loss_coef = coefficient / weight

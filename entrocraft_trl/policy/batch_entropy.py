@@ -60,10 +60,15 @@ def sampling_totals(logps: torch.Tensor, mask: torch.Tensor, aggregation: str) -
 
     Tokens that the engine could not score (NaN) are left out, from the count too.
     """
-    scored = mask.bool() & ~torch.isnan(logps)
+    scored = scored_tokens(logps, mask)
     counts = unreadable_counts(logps.nan_to_num(nan=0.0, posinf=math.inf, neginf=-math.inf), mask)
     unscored = (mask.sum() - scored.sum()).float().view(1)
     return torch.cat([entropy_sums(-logps, scored, aggregation), torch.zeros_like(unscored), counts, unscored])
+
+
+def scored_tokens(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mask `(B, T)` of the loss tokens that the rollout engine has a log-prob of; NaN says that it has none."""
+    return mask.bool() & ~torch.isnan(logps)
 
 
 def entropy_sums(entropies: torch.Tensor, mask: torch.Tensor, aggregation: str) -> torch.Tensor:

@@ -8,6 +8,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from entrocraft_trl.control import loss_inputs
+from entrocraft_trl.normalisation import micro_batch_weight
 from entrocraft_trl.policy.tokens import loss_mask
 
 
@@ -153,8 +154,8 @@ def test_a_rejected_image_leaves_the_images_of_the_next_rollout_in_place():
 def test_nothing_left_has_a_finite_weight_above_zero():
     """The loss is 0 by its masks, and what it does not scale (a router loss) is divided by the weight."""
     edited = drop(build_inputs(), torch.zeros(4, dtype=torch.bool), 0.0, 0.0)
-    assert float(loss_inputs.micro_batch_weight(edited, "rows")) == 1.0
-    assert float(loss_inputs.micro_batch_weight(edited, "local_tokens")) == 0.25  # as if one row of four were left
+    assert float(micro_batch_weight(edited, "rows")) == 1.0
+    assert float(micro_batch_weight(edited, "local_tokens")) == 0.25  # as if one row of four were left
 
 
 @given(keep=st.lists(st.booleans(), min_size=8, max_size=8).filter(any), chunks=st.sampled_from([1, 2, 4]))
@@ -176,10 +177,10 @@ def test_weights_after_trls_shuffle_and_split(keep, chunks):
         assert micro_batch["num_items_in_batch"] == 2 * keep.sum()
         kept = micro_batch[loss_inputs.KEPT]
         row_mean = micro_batch["row_losses"].mean() / chunks  # TRL divides by the accumulation steps
-        row_total += row_mean * loss_inputs.micro_batch_weight(micro_batch, "rows")
+        row_total += row_mean * micro_batch_weight(micro_batch, "rows")
         token_mean = micro_batch["row_losses"].sum() / kept.sum().clamp(min=1) / chunks  # equal lengths: bnpo's mean
-        bnpo_total += token_mean * loss_inputs.micro_batch_weight(micro_batch, "local_tokens")
-        assert loss_inputs.micro_batch_weight(micro_batch, "tokens") == 1.0
+        bnpo_total += token_mean * micro_batch_weight(micro_batch, "local_tokens")
+        assert micro_batch_weight(micro_batch, "tokens") == 1.0
     expected = row_losses[keep].mean().item()
     assert float(row_total) == pytest.approx(expected, abs=1e-5)
     assert float(bnpo_total) == pytest.approx(expected, abs=1e-5)

@@ -9,8 +9,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer, EntropyControlMixin
-from entrocraft_trl.control import loss_inputs
 from entrocraft_trl.control.config import EntropyControlConfig
+from entrocraft_trl.normalisation import loss_normaliser
 
 
 @dataclasses.dataclass
@@ -80,12 +80,12 @@ class Replaced(Declared):
     ],
 )
 def test_normaliser(trainer_class, loss_type, expected):
-    assert loss_inputs.loss_normaliser(trainer_class, GRPOConfig(loss_type=loss_type, bf16=False)) == expected
+    assert loss_normaliser(trainer_class, GRPOConfig(loss_type=loss_type, bf16=False)) == expected
 
 
 def test_normaliser_of_rloo():
     args = EntrocraftRLOOTrainer._config_class(bf16=False)
-    assert loss_inputs.loss_normaliser(EntrocraftRLOOTrainer, args) == "rows"
+    assert loss_normaliser(EntrocraftRLOOTrainer, args) == "rows"
 
 
 def with_control(trainer_class, **attributes):
