@@ -11,11 +11,10 @@ png}`; cases that were not run keep their rows.
 
 import argparse
 import json
-import subprocess
 import sys
 from statistics import median
 
-from benchmarks.runs import RESULTS
+from benchmarks.runs import RESULTS, printed_by
 from benchmarks.throughput_arm import ARMS, CASES
 
 
@@ -24,10 +23,7 @@ REPEATS = 3
 
 def measure(case: str, arm: str) -> dict:
     line = [sys.executable, "-m", "benchmarks.throughput_arm", case, arm]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case}, {arm}: {done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return printed_by(line, f"{case}, {arm}")
 
 
 def rows_of(case: str, turns: list[dict[str, dict]]) -> list[dict]:

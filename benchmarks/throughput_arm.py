@@ -11,6 +11,7 @@ import resource
 import sys
 import tempfile
 import time
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -127,6 +128,25 @@ def completion_settings(case: Case, vocabulary: int) -> tuple[dict[str, Any], li
     return settings, ends
 
 
+def seconds(case: Case) -> float:
+    """A clock: seconds of this process on a CPU, so that whatever else the machine does is not counted."""
+    import torch
+
+    if not case.on_gpu:
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(case: Case) -> float:
+    """In bytes: of PyTorch's allocations on a GPU, of the whole process, libraries too, on a CPU."""
+    import torch
+
+    if case.on_gpu:
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def run(case: Case, arm: Arm) -> dict[str, float]:
     import torch
     from datasets import Dataset
@@ -139,12 +159,7 @@ def run(case: Case, arm: Arm) -> dict[str, float]:
     parent = EntrocraftGRPOTrainer if controlled else GRPOTrainer
     config_class = EntrocraftGRPOConfig if controlled else GRPOConfig
 
-    def now() -> float:
-        # Seconds of this process on a CPU: whatever else the machine does is not counted.
-        if not case.on_gpu:
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+    now = partial(seconds, case)
 
     class Timed(parent):
         prepare_seconds = 0.0
@@ -215,12 +230,10 @@ def run(case: Case, arm: Arm) -> dict[str, float]:
     grouped = [clock.steps[start : start + per_step] for start in range(0, len(clock.steps), per_step)][WARM_UP:]
     whole = [sum(step for step, _ in group) for group in grouped]
     prepare = [sum(seconds for _, seconds in group) for group in grouped]
-    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the whole process: libraries too
-    peak = torch.cuda.max_memory_allocated() if case.on_gpu else on_cpu
     return {
         "step": median(whole),
         "update": median(a - b for a, b in zip(whole, prepare, strict=True)),
-        "memory": float(peak),
+        "memory": peak_memory(case),
         "tokens": trainer.state.num_input_tokens_seen,
         "device": torch.cuda.get_device_name() if case.on_gpu else "CPU, one thread",
     }

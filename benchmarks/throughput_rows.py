@@ -12,12 +12,11 @@ the update follows it. Writes `benchmarks/results/throughput_rows.{json,md}`; ca
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import correlation, linear_regression, median
 
-from benchmarks.runs import RESULTS
+from benchmarks.runs import RESULTS, printed_by
 from benchmarks.throughput_rows_arm import ARMS, CASES, PLAIN
 
 
@@ -31,10 +30,7 @@ def measure(case: str, arm: str, processes: int) -> dict:
     if processes > 1:
         launcher = str(Path(sys.executable).with_name("accelerate"))
         line = [launcher, "launch", "--config_file", str(LAUNCH_FILE), "--num_processes", str(processes), *target]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case}, {arm}: {done.stderr[-3000:]}")
-    found = next(json.loads(text) for text in reversed(done.stdout.splitlines()) if text.startswith("{"))
+    found = printed_by(line, f"{case}, {arm}")
     if found["processes"] != processes:  # a launch file that does not fit starts one process, and says nothing
         raise SystemExit(f"{case}, {arm}: {found['processes']} processes, not {processes}")
     return found

@@ -11,19 +11,28 @@ the peak of memory, and what share of rows and padded tokens the update computed
 
 import json
 import os
-import resource
 import sys
 import tempfile
-import time
+from functools import partial
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from benchmarks.throughput_arm import ABOVE, CHANGE, INSIDE, OFFICIAL, SIGN, Case, load
+from benchmarks.throughput_arm import (
+    ABOVE,
+    CHANGE,
+    INSIDE,
+    OFFICIAL,
+    SIGN,
+    WARM_UP,
+    Case,
+    load,
+    peak_memory,
+    seconds,
+)
 
 
 GROUP, GROUPS = 4, 10  # forty rollouts a step, so that 30% and 60% of the groups are whole numbers
 ACCUMULATION = 4
-WARM_UP = 1  # the first step allocates memory, and builds AdamW's moments
 
 
 class RowsCase(NamedTuple):
@@ -132,12 +141,7 @@ def run(rows_case: RowsCase, arm: RowsArm) -> dict[str, Any]:
     parent = GRPOTrainer if arm.settings is None else EntrocraftGRPOTrainer
     config_class = GRPOConfig if arm.settings is None else EntrocraftGRPOConfig
 
-    def now() -> float:
-        # Seconds of this process on a CPU: whatever else the machine does is not counted.
-        if not case.on_gpu:
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+    now = partial(seconds, case)
 
     class Timed(parent):
         preparing = updating = 0.0  # of the optimizer step under way; the latter without the optimizer
@@ -210,11 +214,8 @@ def run(rows_case: RowsCase, arm: RowsArm) -> dict[str, Any]:
     clock.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    on_cpu = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the whole process: libraries too
-    peak = float(torch.cuda.max_memory_allocated() if case.on_gpu else on_cpu)
-    figures = torch.tensor(
-        [*(median(column) for column in zip(*clock.steps[WARM_UP:], strict=True)), peak], dtype=torch.float64
-    )
+    medians = [median(column) for column in zip(*clock.steps[WARM_UP:], strict=True)]
+    figures = torch.tensor([*medians, peak_memory(case)], dtype=torch.float64)
     device = trainer.accelerator.device
     slowest = trainer.accelerator.gather(figures.unsqueeze(0).to(device)).amax(dim=0).tolist()
 
