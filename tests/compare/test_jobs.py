@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from whole_comparison import WHOLE as SHORT
 
 from entrocraft_trl.compare import arms, comparison, jobs, workers
 from entrocraft_trl.compare.jobs import Start, jobs_of, measured_start, run_job, tuning_jobs
@@ -15,20 +16,7 @@ from entrocraft_trl.compare.start import StartingPoint, fingerprint
 from entrocraft_trl.compare.version import statements
 
 
-WHOLE = {
-    "task": {"name": "expressions", "steps": 2, "habit_steps": 1, "batch_size": 8},
-    "training": {"max_steps": 4, "per_device_train_batch_size": 16, "learning_rate": 1.0e-3},
-    "seeds": [0, 1],
-    "evaluation": {"samples": 4},
-    "band_width": 0.1,
-    "bands": {"constant": 0.85, "linear": [[0, 1.0], [1, 0.5]]},
-    "methods": {
-        "grpo": {},
-        "bonus": {"method": "adaptive_bonus", "follow": {"entropy_target": "centre"}},
-        "rule": {"method": "entrocraft", "rejection_rule": "entropy_change"},
-    },
-    "tuning": {"seed": 9, "band": "linear", "candidates": {"bonus": [{"entropy_coef_delta": 0.04}, {}]}},
-}
+WHOLE = laid_over(SHORT, {"training": {"learning_rate": 1.0e-3}})
 START = Start({"policy": "abc"}, 0.9, {})
 CLOCK = {"step_seconds", "seconds", "log"}
 
