@@ -549,9 +549,33 @@ def test_the_band_is_unknown_before_the_first_measurement(settings):
         trainer.band_at(0.0)
 
 
+def test_the_logged_scatter_is_that_of_the_groups_of_the_batches_so_far():
+    trainer = tiny.build_trainer(args=tiny.build_config(max_steps=3, **tiny.WIDE_OPEN))
+    measure, squares = trainer._measure, []
+
+    def measuring(batch, mask, heard):
+        tokens, totals = measure(batch, mask, heard)
+        groups = range(0, len(mask), trainer.num_generations)
+        sums, counts = (
+            [value[start : start + trainer.num_generations].double().sum().item() for start in groups]
+            for value in (tokens.entropies * mask, mask)
+        )
+        residuals = [sum_ - totals.entropy * count for sum_, count in zip(sums, counts, strict=True)]
+        squares.append(2 * sum(residual**2 for residual in residuals) / sum(counts) ** 2)  # two groups: G / (G - 1)
+        return tokens, totals
+
+    trainer._measure = measuring
+    trainer.train()
+    running = [squares[0]]
+    for square in squares[1:]:
+        running.append(0.9 * running[-1] + 0.1 * square)
+    assert tiny.history(trainer, "entrocraft/reading_scatter") == pytest.approx(
+        [value**0.5 for value in running], rel=1e-4
+    )
+
+
 @pytest.mark.parametrize("unit", ["initial", "nats"])
 def test_an_automatic_width_is_four_scatters_around_the_middle(unit):
-    """The scatter of each step is made anew from the log: the running one of all batches so far."""
     edges = {"entropy_low": [1.0, 0.6], "entropy_high": [1.1, 0.6]}
     args = tiny.build_config(
         entropy_width="auto", entropy_unit=unit, max_steps=4, rejection_rule="entropy_change", **edges
