@@ -40,6 +40,7 @@ def write(folder: Path, changes: dict | None = None) -> Path:
         ({"methods": {"grpo": {"seed": 1}}}, "methods.grpo: 'seed' is the same for all methods"),
         ({"methods": {"grpo": {"max_steps": 9}}}, "methods.grpo: 'max_steps' is the same for all methods"),
         ({"methods": {"rule": {"entropy_low": [0.1]}}}, "methods.rule: entropy_low would be a second band"),
+        ({"methods": {"rule": {"entropy_width": "auto"}}}, "methods.rule: entropy_width would be a second band"),
         (
             {"methods": {"bonus": {"follow": {"entropy_target": "middle"}}}},
             "is one of low, centre, high, got 'middle'",
