@@ -94,7 +94,7 @@ def draw(rows: list[dict]):
     axes.set_yticks(places, [row["case"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("time of a step, ratio to plain GRPO (median, least to most)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     return figure
 
 
