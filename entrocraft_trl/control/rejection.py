@@ -90,7 +90,7 @@ def both_scores(own: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
 
 # Edges push from one cushion inside the band on. Thinner, readings jump across it; thicker, the middle of a wide band,
 # where nothing is rejected, is lost. The gains are those of benchmarks/control.
-_CUSHION_SCATTERS, _GAIN, _INTEGRAL_GAIN = 2.5, 1.0, 0.02
+_CUSHION_SCATTERS, _GAIN, _INTEGRAL_GAIN = 2.5, 1.0, 0.05
 # Keeps the slope finite in a band of no width; far below what a batch's entropy reading resolves (nats).
 _SMALLEST_CUSHION = 1e-3
 
@@ -106,10 +106,10 @@ def allowed_change(
     """
     Range of predicted entropy change that the position in the band allows, each end in [-1, 1].
 
-    +1 stands for the largest rise that the batch's rollouts can bring, -1 for the largest fall. One cushion inside the
-    low edge the least allowed change is 0, and it grows by `gain` per cushion towards and beyond the edge; the high
-    edge mirrors it. In a band two cushions wide both meet at the centre, where rises and falls must balance; the
-    middle of a wide band allows everything.
+    +1 stands for the largest rise that the batch's rollouts can bring, -1 for the largest fall (between them see
+    `accept_by_entropy_change`). One cushion inside the low edge the least allowed change is 0, and it grows by `gain`
+    per cushion towards and beyond the edge; the high edge mirrors it. In a band two cushions wide both meet at the
+    centre, where rises and falls must balance; the middle of a wide band allows everything.
 
     Args:
         entropy, low, high, cushion (`float`): In nats. A band narrower than two cushions shrinks them.
@@ -156,7 +156,9 @@ def accept_by_entropy_change(scores: torch.Tensor, least: float, most: float) ->
     Entropy-change rule and influence: accept so many rollouts that their predicted change lies between `least` and
     `most`.
 
-    If all rollouts together already do, all are accepted. Otherwise the most wrong-way ones go first, since fewest
+    A bound `d` stands for the change `d u + d |d| (r - u)`: `r` is the largest rise of the batch if `d > 0`, else its
+    largest fall, and `u` the smaller of both. If all rollouts together already meet both bounds, all are accepted.
+    Otherwise the most wrong-way ones go first, since fewest
     have to be rejected that way, until the rest meets the bound to within half a rollout. Among equal scores the
     earlier rollout goes first. At the extremes, `least=1` keeps `c_i <= 0` and `most=-1` keeps `c_i >= 0`: Algorithm 1
     with `c_i` in place of the advantage.
@@ -172,7 +174,12 @@ def accept_by_entropy_change(scores: torch.Tensor, least: float, most: float) ->
     changes = -scores.cpu().double()
     rise, fall = changes.clamp(min=0).sum(), -changes.clamp(max=0).sum()
     net = rise - fall
-    least, most = (bound * (rise if bound > 0 else fall) for bound in (least, most))
+    # A language model falls more easily than it rises. Were half a demand half of the fall, a reading that scatters
+    # evenly around the middle would sink the entropy: small demands are equal on both sides, and full ones are all.
+    smaller = torch.minimum(rise, fall)
+    least, most = (
+        bound * (smaller + abs(bound) * ((rise if bound > 0 else fall) - smaller)) for bound in (least, most)
+    )
     keep = torch.ones_like(changes, dtype=torch.bool)
     if net < least:
         keep[_most_negative(changes, least - net)] = False

@@ -146,10 +146,12 @@ def test_both_rules_agree_where_sampled_tokens_are_confident():
 CUSHION = {"cushion": 0.05, "gain": 0.5}  # a gain other than 1, which a forgotten factor would not show
 
 
-def predicted_share(scores, keep, least_or_most):
-    """What `least` or `most` demands, in units of the scores: a share of all rises, or of all falls."""
+def demanded(scores, bound):
+    """What `least` or `most` demands, in units of the scores."""
     changes = -scores.double()
-    return least_or_most * (changes.clamp(min=0).sum() if least_or_most > 0 else -changes.clamp(max=0).sum())
+    rise, fall = changes.clamp(min=0).sum(), -changes.clamp(max=0).sum()
+    smaller, reach = min(rise, fall), rise if bound > 0 else fall
+    return (1 - abs(bound)) * bound * smaller + abs(bound) * bound * reach
 
 
 @given(scores=score_lists, direction=st.sampled_from([-1, 1]))
@@ -174,7 +176,7 @@ def test_accepted_change_meets_the_bounds_within_half_a_rollout(scores, bounds):
     keep = rejection.accept_by_entropy_change(scores, least, most)
     changes = -scores.double()
     mass = changes.abs().sum()
-    floor, ceiling = predicted_share(scores, keep, least), predicted_share(scores, keep, most)
+    floor, ceiling = demanded(scores, least), demanded(scores, most)
     if floor <= changes.sum() <= ceiling:
         assert keep.all(), "the batch as a whole is allowed, and a rollout was rejected"
         return
@@ -214,6 +216,17 @@ def test_of_equal_scores_as_many_are_rejected_as_are_called_for(demand, rejected
     assert keep.tolist() == [False] * rejected + [True] * (9 - rejected)
     mirrored = rejection.accept_by_entropy_change(-scores, -1.0, -demand)
     assert torch.equal(mirrored, keep)
+
+
+def test_small_demands_for_a_fall_and_for_a_rise_are_of_one_size():
+    """Falls of 40 and a rise of 4: a reading that scatters around the middle must not sink the entropy."""
+    changes = torch.tensor([-0.1] * 400 + [0.1] * 40)
+    moved = {
+        demand: changes[rejection.accept_by_entropy_change(-changes, demand, demand)].sum().item()
+        for demand in (-1.0, -0.1, 0.0, 0.1, 1.0)
+    }
+    # 0.1 of the 4 that it can rise; on the other side a tenth of a tenth of the 36 by which it can fall further.
+    assert moved == pytest.approx({-1.0: -40.0, -0.1: -0.4 - 0.36, 0.0: 0.0, 0.1: 0.4, 1.0: 4.0}, abs=0.051)
 
 
 offsets = st.floats(-1.0, 1.0)
