@@ -1,7 +1,10 @@
 """Runs of a comparison, side by side in worker processes, or one after another on all ranks of a launcher."""
 
+import ctypes
+import gc
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import warnings
@@ -172,4 +175,17 @@ def _run_in_worker(place: int, job: Job, folder: Path) -> dict[str, Any]:
     def report(step: int) -> None:
         _steps[place] = step
 
-    return run_job(job, folder, report)
+    try:
+        return run_job(job, folder, report)
+    finally:
+        return_memory()
+
+
+def return_memory() -> None:
+    """
+    Free memory goes back to the system, which `ENVIRONMENT` keeps for the next step: a worker without a job that held
+    on to that of its last, some gigabytes with a real model, would make the others swap.
+    """
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trim(0)

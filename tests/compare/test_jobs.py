@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -302,3 +304,23 @@ def test_a_start_is_known_by_its_data(own_task, reference_folder):
     with open(own_task["dataset_name"], "a") as stream:
         stream.write('\n{"question": "1+9=?", "answer": "10"}')
     assert point.identity(reference_folder) != before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_a_worker_without_a_job_holds_no_memory_of_its_last(tmp_path, monkeypatch):
+    """A model's weights behind one small block that stays: freed, but not at the end of the heap."""
+    process, kept = psutil.Process(), []
+
+    def run(job, folder, report):
+        for parameter in policy:
+            parameter.fill_(1.0)  # or no page of it is there
+        kept.append(torch.ones(1))
+        policy.clear()
+
+    # Smaller than what glibc gets from the system and returns to it as one piece, whatever else is set.
+    policy = [torch.empty(16 * 1024) for _ in range(4000)]
+    monkeypatch.setattr(workers, "run_job", run)
+    before = process.memory_info().rss
+    workers._run_in_worker(0, None, tmp_path)
+    weights = 4000 * 16 * 1024 * 4
+    assert process.memory_info().rss - before < weights / 8
