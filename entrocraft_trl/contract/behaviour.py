@@ -26,7 +26,7 @@ ATTRIBUTES = {
 }
 
 
-def build(trainer: str, config: str, rollout_func: Callable | None = None, **settings) -> Any:
+def build(trainer: str, config: str, rollout_func: Callable | None = None, peft_config: Any = None, **settings) -> Any:
     """A trainer of TRL's on a tiny model, whose batch is 8 rollouts of at most 8 tokens."""
     import trl
     from transformers import PrinterCallback
@@ -43,6 +43,7 @@ def build(trainer: str, config: str, rollout_func: Callable | None = None, **set
         args=getattr(trl, config)(**{**defaults, **settings}),
         train_dataset=make_dataset("train", 16),
         processing_class=build_tokenizer(),
+        peft_config=peft_config,
         **({"rollout_func": rollout_func} if rollout_func else {}),
     )
     built.remove_callback(PrinterCallback)

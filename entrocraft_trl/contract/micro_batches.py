@@ -87,5 +87,63 @@ def positions() -> None:
     require(found == ((True, True), (False, True)), f"of Qwen3 and GPT-2, {found} is said")
 
 
-OF_BOTH = (buffer, skipped_step, logged_means)
-OTHERS = (settings_of_the_loss, positions)
+def deferrable_passes(trainer: str, config: str) -> None:
+    """log-probs of the passes of old policy and reference go into loss inputs, and nowhere else before the loss"""
+    import torch
+
+    from ..microbatches.deferred_passes import key_of
+
+    grpo = trainer == "GRPOTrainer"
+    settings = {"num_iterations": 2, "beta": 0.1} if grpo else {}  # RLOO takes its KL term from rewards
+    built, placeholders = build(trainer, config, peft_config=_lora(), **settings), []
+
+    def unread(model, ids, attention_mask, width, *args, **kwargs):
+        require(not torch.is_grad_enabled() and not kwargs.get("compute_entropy"), "a pass is asked for more")
+        placeholders.append(torch.full((len(ids), width), torch.nan))
+        return placeholders[-1], None, None
+
+    built._get_per_token_logps_and_entropies = unread
+    batch = first_batch(built)
+    keys = [key_of(batch, placeholder) for placeholder in placeholders]
+    expected = ["old_per_token_logps", "ref_per_token_logps"] if grpo else ["old_logps"]
+    require(keys == expected, f"its passes, in their order, are those for {keys}, not for {expected}")
+    read = [key for key, value in batch.items() if key not in keys and value.float().isnan().any()]
+    logged = [name for name, values in built._metrics["train"].items() if torch.tensor(values).isnan().any()]
+    require(not read + logged, f"log-probs are read for {read + logged}")
+
+
+def reference_of_an_adapter() -> None:
+    """GRPOTrainer: the reference's pass is by the policy's model with its adapter disabled, or with one called ref"""
+    from peft import get_peft_model
+
+    from ..microbatches.deferred_passes import adapter_in_use, computing_with
+    from ..tasks import build_model
+
+    model = get_peft_model(build_model(), _lora())
+    model.add_adapter("other", _lora())
+    with computing_with(model, "other"), computing_with(model, None):
+        require(adapter_in_use(model) is None, "an adapter that is disabled counts as in use")
+    require(adapter_in_use(model) == "default", f"after a context the adapter in use is {adapter_in_use(model)}")
+    for named_ref, expected in ((False, ["default", None]), (True, ["default", "ref"])):
+        built = build("GRPOTrainer", "GRPOConfig", peft_config=_lora(), num_iterations=2, beta=0.1)
+        if named_ref:
+            built.model.add_adapter("ref", _lora())
+        run, found = built._get_per_token_logps_and_entropies, []
+
+        def spy(model, *args, run=run, found=found, **kwargs):
+            found.append(adapter_in_use(model))
+            return run(model, *args, **kwargs)
+
+        built._get_per_token_logps_and_entropies = spy
+        first_batch(built)
+        require(found == expected, f"the passes are by the adapters {found}, not by {expected}")
+
+
+def _lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+
+
+OF_BOTH = (buffer, skipped_step, logged_means, deferrable_passes)
+OTHERS = (settings_of_the_loss, positions, reference_of_an_adapter)

@@ -13,9 +13,9 @@ LIBRARIES = ("trl", "transformers", "accelerate", "peft", "datasets", "huggingfa
 
 # Methods that the trainers override, and for what. Each has to exist, to take what ours takes, and to be called.
 OVERRIDDEN = {
-    "_generate_and_score_completions": "entropy control edits the loss inputs that it returns",
+    "_generate_and_score_completions": "entropy control edits the loss inputs that it returns; its own passes wait",
     "_generate_single_turn": "the policy is read while it samples",
-    "_get_per_token_logps_and_entropies": "the old policy's pass also reads the entropy",
+    "_get_per_token_logps_and_entropies": "the old policy's pass also reads the entropy, or waits for rows to leave",
     "_calculate_rewards": "rewards are checked, and kept for +1/-1 advantages and for mean@n",
     "_compute_loss": "rival methods change what TRL's loss reads, or add a term to it",
     "compute_loss": "the loss is weighed by the rows that a rejection leaves, and that a micro-batch has",

@@ -13,9 +13,10 @@ class MicroBatchConfig:
 
         compute_all_rows (`bool`, *optional*):
             By default, rollouts that add nothing to the gradient are not computed, and micro-batches are sorted by
-            length and cropped, wherever the step is the same up to rounding; where it is not, all rows are computed
-            as TRL does, and the reason is said once. `True`: always all rows, in TRL's order, bit for bit. `False`:
-            as by default, and also with active dropout, which then draws other numbers for other rows.
+            length and cropped, wherever the step is the same up to rounding; where it is not, all rows are computed as
+            TRL does, and the reason is said once. TRL's passes of the old policy and of the reference go over the same
+            rows where nothing reads them before the loss. `True`: always all rows, in TRL's order, bit for bit.
+            `False`: as by default, and also with active dropout, which then draws other numbers for other rows.
     """
 
     compute_all_rows: bool | None = field(

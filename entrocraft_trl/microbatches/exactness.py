@@ -2,11 +2,17 @@
 
 from typing import Any
 
-from ..normalisation import loss_normaliser, zero_advantage_is_inert
+from transformers import ProcessorMixin
+from trl import RLOOTrainer
+
+from ..normalisation import TRL_LOSSES, loss_normaliser, zero_advantage_is_inert
 
 
 # Their frequencies follow the length of what they see, padding included.
 ROPE_BY_LENGTH = {"dynamic", "longrope"}
+
+# Where a class of its own may read log-probs of the old policy or of the reference before the loss does.
+READERS = ("_generate_and_score_completions", "_get_per_token_logps_and_entropies")
 
 
 def why_all_rows(trainer: Any) -> str | None:
@@ -35,6 +41,23 @@ def why_all_rows(trainer: Any) -> str | None:
     if loss_normaliser(type(trainer), args) == "local_tokens" and trainer.beta:
         return "its loss divides by the tokens of a micro-batch, which weighs the KL term too"
     return None
+
+
+def passes_can_wait(trainer: Any) -> bool:
+    """
+    Whether nothing reads the log-probs of TRL's passes of old policy and reference before the loss, so that they can
+    be run over the rows that are computed; where those are some, see `why_all_rows`. It follows from the trainer's
+    class and settings, which are the same on all ranks.
+
+    RLOO takes a KL term from rewards, for which it needs both passes at once. Rows with images are never taken out.
+    Methods of this package read the policy by passes that do not wait; who knows what others do in `READERS`.
+    """
+    if isinstance(trainer, RLOOTrainer) and trainer.beta:
+        return False
+    if isinstance(trainer.processing_class, ProcessorMixin):
+        return False
+    others = [cls for cls in type(trainer).__mro__ if cls.__module__.split(".")[0] != "entrocraft_trl"]
+    return not any(name in vars(cls) for cls in others if cls not in TRL_LOSSES for name in READERS)
 
 
 def kl_in_loss(trainer: Any, inputs: dict[str, Any]) -> bool:

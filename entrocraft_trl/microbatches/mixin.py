@@ -12,7 +12,8 @@ from accelerate.logging import get_logger
 from .. import metric_names
 from ..normalisation import WEIGHT, loss_normaliser
 from ..policy.eval_mode import active_dropout
-from .exactness import kl_in_loss, what_can_be_cropped, why_all_rows
+from .deferred_passes import DeferredPassMixin
+from .exactness import kl_in_loss, passes_can_wait, what_can_be_cropped, why_all_rows
 from .metrics import RESTORED, restored
 from .packing import SHARE, UNSLICEABLE, packed, row_facts, rows_from_facts
 from .plan import Share, padded_tokens, plan_window, shares
@@ -25,7 +26,7 @@ class _NothingToCompute(Exception):
     """The micro-batch is a spare; caught in `training_step`."""
 
 
-class MicroBatchMixin:
+class MicroBatchMixin(DeferredPassMixin):
     """
     For TRL's GRPO and RLOO trainers: put it before the trainer among the bases. Rows without gradient are not
     computed, and the others in micro-batches of similar lengths, where the gradient is the same up to the rounding,
@@ -37,6 +38,9 @@ class MicroBatchMixin:
     spares, empty dicts. A spare's `training_step` counts, and returns a loss of 0 without a backward pass: DeepSpeed
     refuses the backward pass of a loss without parameters, or follows it with wrong gradients. Spares cannot be last:
     the last one makes ranks exchange their gradients, and the optimizer of DeepSpeed step.
+
+    TRL's passes of the old policy and of the reference go over these micro-batches too, where nothing needs their
+    log-probs before: see [`DeferredPassMixin`] and `passes_can_wait`.
 
     Five methods of the parent are overridden: `_prepare_inputs` and `training_step` for the above, `compute_loss` to
     weigh the loss and to restore the meaning of TRL's metrics, `_generate` and `_calculate_rewards` to time them.
@@ -59,11 +63,12 @@ class MicroBatchMixin:
             return super()._prepare_inputs(generation_batch)
         before, start = self._buffered_inputs, time.perf_counter()
         self._preparing_seconds.clear()  # of evaluations in between
-        inputs = super()._prepare_inputs(generation_batch)
-        is_new = self._buffered_inputs is not before  # one that a checkpoint held is as it was made up then
-        if is_new:
-            self._buffered_inputs = self._repacked(self._buffered_inputs)
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        with self.deferring_passes(not self._leaves_batch_alone() and passes_can_wait(self)):
+            inputs = super()._prepare_inputs(generation_batch)
+            is_new = self._buffered_inputs is not before  # one that a checkpoint held is as it was made up then
+            if is_new:
+                self._buffered_inputs = self.with_deferred_passes(self._repacked(self._buffered_inputs))
+                inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
         self._seconds_preparing = time.perf_counter() - start
         if is_new:
             self._log_preparation()
@@ -80,12 +85,16 @@ class MicroBatchMixin:
             self._tell_all_rows(why)
         return why is not None
 
+    def _leaves_batch_alone(self) -> bool:
+        """Whether the next generation batch stays as TRL splits it, whatever its rows are; the same on all ranks."""
+        # In a step that an epoch cuts short, who knows which micro-batch is the last.
+        cut_short = self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps
+        return self.computes_all_rows() or cut_short
+
     def _repacked(self, buffer: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of a generation batch, made up anew if that is exact."""
         self._window_metrics = []  # of a training that an error has ended
-        # In a step that an epoch cuts short, who knows which micro-batch is the last.
-        cut_short = self.current_gradient_accumulation_steps != self.args.gradient_accumulation_steps
-        if self.computes_all_rows() or cut_short:
+        if self._leaves_batch_alone():
             self._log_shares(1.0, 1.0)
             return buffer
         facts = torch.cat([row_facts(inputs, kl_in_loss=kl_in_loss(self, inputs)) for inputs in buffer])

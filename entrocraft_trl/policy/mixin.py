@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 class Heard:
     """What the policy said while a trainer of TRL's prepared a batch of loss inputs."""
 
-    passes: list[TokenReading] = field(default_factory=list)  # TRL's own, over the finished rollouts
+    passes: list[TokenReading] = field(default_factory=list)  # TRL's own, over the finished rollouts, if not recorded
     turns: list[Turn] = field(default_factory=list)  # recorded while they were sampled
     # Why nothing could be recorded; "" if it was tried. It follows from settings and the model, as on every rank.
     not_recorded: str = ""
@@ -50,7 +50,7 @@ class PolicyReadingMixin:
 
     @contextmanager
     def listening_to_policy(self) -> Iterator[Heard]:
-        """Inside, what the policy says while it samples, and in TRL's own passes, is kept in what this yields."""
+        """Inside, what the policy says while it samples, or else in TRL's own pass, is kept in what this yields."""
         self._heard = Heard(not_recorded=self._why_not_recorded())
         try:
             yield self._heard
@@ -168,12 +168,15 @@ class PolicyReadingMixin:
         )
 
     def _get_per_token_logps_and_entropies(self, model, *args, compute_entropy=False, **kwargs):
-        if self._heard is None or model is not self.model:
+        heard = self._heard
+        # The first: the reference's, which may be by the same model, comes after the old policy's.
+        if heard is None or not heard.not_recorded or heard.passes or model is not self.model:
             return super()._get_per_token_logps_and_entropies(model, *args, compute_entropy=compute_entropy, **kwargs)
         # TRL asks for log-probs alone here, although its fused head returns the entropy with them.
-        with_expected = self.reads_expected_term and bool(self._heard.not_recorded)
-        reading, aux_loss = self._read_pass(model, *args, with_expected=with_expected, trls_log_probs=True, **kwargs)
-        self._heard.passes.append(reading)
+        reading, aux_loss = self._read_pass(
+            model, *args, with_expected=self.reads_expected_term, trls_log_probs=True, **kwargs
+        )
+        heard.passes.append(reading)
         return reading.logps, reading.entropies if compute_entropy else None, aux_loss
 
     def _read_pass(

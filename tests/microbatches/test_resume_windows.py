@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from equality import LORA
+from peft import LoraConfig
 
 from entrocraft_trl import EntrocraftGRPOTrainer, EntrocraftRLOOTrainer
 from entrocraft_trl.baselines.base import BaselineTrainer
@@ -24,11 +26,12 @@ def half_right(completions, **kwargs) -> list[float]:
     return [float(index // 4 % 2 and sum(map(ord, text)) % 2) for index, text in enumerate(completions)]
 
 
-def run(output_dir, resume=None, trainer_class=EntrocraftGRPOTrainer, **settings):
+def run(output_dir, resume=None, trainer_class=EntrocraftGRPOTrainer, peft_config=None, **settings):
     band = tiny.TOO_LOW if trainer_class is not BaselineTrainer else {}
     args = tiny.build_config(trainer_class._config_class, output_dir=output_dir, **{**SETTINGS, **band, **settings})
     data = tiny.build_dataset(64)
-    trainer = tiny.build_trainer(trainer_class, args=args, train_dataset=data, reward_funcs=half_right)
+    arguments = {"train_dataset": data, "reward_funcs": half_right, "peft_config": peft_config}
+    trainer = tiny.build_trainer(trainer_class, args=args, **arguments)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -57,6 +60,17 @@ def test_with_spares(trainer_class, settings):
     left = buffer_of("whole/checkpoint-3")
     assert {} in left and any(WEIGHT in inputs for inputs in left), "nothing is put to the test"
     resumed = run("resumed", "whole/checkpoint-3", trainer_class, **settings)
+    tiny.assert_same_parameters(resumed.model, whole.model)
+    assert log_of(resumed) == log_of(whole)
+
+
+def test_with_log_probs_of_passes_that_had_waited():
+    settings = {"beta": 0.1, "peft_config": LoraConfig(**LORA)}
+    whole = run("whole", **settings)
+    left = [inputs for inputs in buffer_of("whole/checkpoint-3") if inputs]
+    for key in ("old_per_token_logps", "ref_per_token_logps"):
+        assert all(WEIGHT in inputs and not inputs[key].isnan().any() for inputs in left)
+    resumed = run("resumed", "whole/checkpoint-3", **settings)
     tiny.assert_same_parameters(resumed.model, whole.model)
     assert log_of(resumed) == log_of(whole)
 

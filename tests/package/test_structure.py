@@ -89,6 +89,7 @@ MAY_OVERRIDE = {
         *("train", "_run_epoch", "save_model", "_save_checkpoint", "_save_rng_state"),  # checkpoints
         *("training_step", "_get_grad_norm"),  # finite numbers
         *("_prepare_inputs", "compute_loss", "_generate"),  # micro-batches, their weight, and clocks
+        *("_generate_and_score_completions", "_get_per_token_logps_and_entropies"),  # passes over micro-batches
     },
 }
 
@@ -118,7 +119,9 @@ def test_the_method_and_the_services_share_nothing():
     assert not set(EntropyControlMixin.__mro__) & set(Services.__mro__) - {object}
     method, services = ({n for n in dir(m) if not n.startswith("__")} for m in (EntropyControlMixin, Services))
     # Both weigh the loss in `compute_loss`, by keys of which a micro-batch has those of one: see `normalisation.py`.
-    assert not method & services - {"_config_class", "_name", "_paper", "_tag_names", "card_section", "compute_loss"}
+    # Passes that the method listens to are asked for entropies, and those do not wait: see `deferred_passes.py`.
+    hooks = {"compute_loss", "_generate_and_score_completions", "_get_per_token_logps_and_entropies"}
+    assert not method & services - {"_config_class", "_name", "_paper", "_tag_names", "card_section"} - hooks
 
 
 @pytest.mark.parametrize("trainer", [EntrocraftGRPOTrainer, EntrocraftRLOOTrainer])

@@ -110,6 +110,7 @@ def test_trls_pass_says_all_of_one_model(dropout):
             r=4, target_modules=["q_proj", "v_proj"], lora_dropout=rate, init_lora_weights=False
         ) if dropout == "LoRA" else None,
     )  # fmt: skip
+    trainer._why_not_recorded = lambda: "as where an engine samples"
     states = []
     causal_lm = trainer._causal_lm()
     causal_lm.base_model.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
@@ -117,7 +118,7 @@ def test_trls_pass_says_all_of_one_model(dropout):
     assert len(heard.passes) == len(states) == 1 and heard.passes[0].logps is batch["old_per_token_logps"]
     exact = from_logits(causal_lm.lm_head(states[0]), batch, 0.7)
     found, source = trainer.read_policy(batch, batch["completion_mask"], heard)
-    assert source == ("own_pass" if dropout == "none" else "old_policy_pass")
+    assert source == "old_policy_pass"
     assert_equal_readings(found, exact, batch["completion_mask"].bool())
     with torch.no_grad():
         without = from_logits(trainer.model.eval()(**whole_rows(batch)).logits, batch, 0.7)
@@ -128,9 +129,18 @@ def test_trls_pass_says_all_of_one_model(dropout):
 
 def test_n_is_not_computed_where_nobody_asks():
     trainer = tiny.build_trainer(args=tiny.build_config(num_iterations=2, **tiny.WIDE_OPEN))
+    trainer._why_not_recorded = lambda: "as where an engine samples"
     batch, heard = loss_batch(trainer)
     found, source = trainer.read_policy(batch, batch["completion_mask"], heard)
     assert source == "old_policy_pass" and found.expected is None
+
+
+def test_trls_pass_is_its_own_affair_where_rollouts_are_recorded():
+    """It may wait until rows have left; where a record does not hold, as that of forced rollouts, a pass is run."""
+    trainer = tiny.build_trainer(args=tiny.build_config(num_iterations=2, **tiny.WIDE_OPEN))
+    batch, heard = loss_batch(trainer)
+    assert heard.passes == []
+    assert trainer.read_policy(batch, batch["completion_mask"], heard)[1] == "own_pass"
 
 
 def test_the_model_and_trl_are_as_before_even_after_an_error():
