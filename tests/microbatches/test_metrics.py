@@ -1,6 +1,7 @@
 """TRL's metrics mean over a window what they mean over all its rows, or are left out."""
 
 import math
+import time
 
 import pytest
 import tiny
@@ -139,14 +140,16 @@ def test_every_window_counts_once_in_a_log_line():
 
 
 def test_shares_and_clocks():
+    start = time.perf_counter()
     trainer, _ = train(BaselineTrainer, **SPLITS["two windows"])
+    whole = time.perf_counter() - start
     assert all(0.3 < share < 0.8 for share in tiny.history(trainer, "entrocraft/computed_rows"))
     # Of a whole generation batch, hence in the first of its two steps.
     assert len(tiny.history(trainer, "entrocraft/computed_tokens")) == 2
     assert len(tiny.history(trainer, "entrocraft/seconds_generation")) == 2
-    update, step = tiny.history(trainer, "entrocraft/seconds_update"), tiny.history(trainer, "step_time")
-    reading = tiny.history(trainer, "entrocraft/seconds_reading")
-    assert len(update) == len(step) == 4
-    for whole, part in zip(step, update, strict=True):
-        assert 0 < part <= whole + 1e-3
-    assert all(seconds > 0 for seconds in reading)
+    update, reading, generation = (
+        tiny.history(trainer, f"entrocraft/seconds_{phase}") for phase in ("update", "reading", "generation")
+    )
+    assert len(update) == 4
+    assert min(update + reading + generation) > 0
+    assert sum(update) + sum(reading) + sum(generation) < whole  # no second is in two of them
