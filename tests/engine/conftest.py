@@ -9,7 +9,6 @@ import pytest
 INSTALLED = importlib.util.find_spec("vllm") is not None
 if INSTALLED:  # set before vLLM is imported, which TRL's trainers do
     os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; 4 by default, far more than eight rollouts of 8 tokens
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or a process is pinned to a core that others may keep busy
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, as colocated ones are anyway
         "VLLM_NO_USAGE_STATS": "1",
@@ -29,7 +28,11 @@ def engines(vllm_is_installed, monkeypatch):
     """What the engines of a test are built with beside what TRL or the command says; nothing is left of them after."""
     import engine
 
-    options = {"dtype": "float32", "enforce_eager": True}  # or its numbers would be those of bfloat16
+    options = {
+        "dtype": "float32",  # or its numbers would be those of bfloat16
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": engine.KV_CACHE_BYTES,
+    }
     engine.build_with(options, monkeypatch)
     with engine.forgotten():
         yield options

@@ -1,6 +1,6 @@
 """
-A vLLM server beside the training. TRL sends it weights over NCCL, which no CPU has, and says so; here they go through a
-folder in its place, and all else is the real thing: the server, its requests, its log-probs, their order.
+A vLLM server beside the training. TRL sends it weights over NCCL, which needs a GPU; here they go through a folder
+instead, and all else is the real thing: the server, its requests, its log-probs, their order.
 """
 
 import os
@@ -33,10 +33,11 @@ def server(vllm_is_installed, model_folder, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["--model", model_folder, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    for_vllm = ["--kv-cache-memory-bytes", str(engine.KV_CACHE_BYTES)]
     output = tmp_path_factory.mktemp("server") / "output.txt"
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "trl.scripts.vllm_serve", *words, "--enforce_eager"],
+            [sys.executable, "-m", "trl.scripts.vllm_serve", *words, "--enforce_eager", *for_vllm],
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its engine is a process of its own, which ends with the group

@@ -13,6 +13,9 @@ from accelerate.state import AcceleratorState
 from trl.generation import vllm_generation
 
 
+KV_CACHE_BYTES = 64 * 2**20  # far more than the tests need; by itself vLLM takes a share of the machine's memory
+
+
 def build_with(options: dict, monkeypatch) -> None:
     """Every engine gets `options` too: TRL has no setting for them. They are looked up when it is built."""
     import vllm
