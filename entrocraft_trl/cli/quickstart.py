@@ -59,6 +59,7 @@ def run(output_dir: Path, max_steps: int, seeds: Sequence[int], overwrite: bool 
     Raises:
         [`CommandError`]: if the results or the starting policy cannot be written.
     """
+    import torch
     import transformers
 
     from .. import __version__
@@ -67,6 +68,9 @@ def run(output_dir: Path, max_steps: int, seeds: Sequence[int], overwrite: bool 
     from ..tasks.task import expression_task
 
     transformers.logging.set_verbosity_error()
+    if not torch.accelerator.is_available():
+        # The model is so small that threads wait for one another, ten times as long where something else has a core.
+        torch.set_num_threads(1)
     start = time.perf_counter()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
