@@ -7,7 +7,7 @@ Meanwhile NaN stands for the log-probs, so that whoever reads them too early end
 finite, in place of training on numbers without a meaning.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -40,19 +40,22 @@ class DeferredPassMixin:
     `_get_per_token_logps_and_entropies`; nothing changes for their other callers.
     """
 
-    _passes_wait = False
+    _passes_wait: Callable[[], bool] | None = None
     _policy_adapter: str | None = None  # in use while TRL prepares a batch, but for the reference's pass
     _asked_for: list[DeferredPass] | None = None  # by TRL, in the preparation under way
     _deferred: dict[str, DeferredPass] = {}  # by the key among the loss inputs
 
     @contextmanager
-    def deferring_passes(self, wait: bool) -> Iterator[None]:
-        """Inside, passes of TRL's preparation wait if `wait`, which has to be the same on all ranks."""
+    def deferring_passes(self, wait: Callable[[], bool]) -> Iterator[None]:
+        """
+        Inside, passes of TRL's preparation wait if `wait()`, which has to be the same on all ranks. It is asked once
+        TRL prepares a generation batch: most micro-steps take what an earlier one has left.
+        """
         self._passes_wait = wait
         try:
             yield
         finally:
-            self._passes_wait, self._deferred = False, {}
+            self._passes_wait, self._deferred = None, {}
 
     def with_deferred_passes(self, buffer: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches in `buffer`, which may be empty dicts, with the log-probs of the passes that wait."""
@@ -72,7 +75,7 @@ class DeferredPassMixin:
         return {**inputs, key: filled(inputs[key], logps, inputs["completion_mask"])}
 
     def _generate_and_score_completions(self, inputs):
-        if not self._passes_wait:
+        if self._passes_wait is None or not self._passes_wait():
             return super()._generate_and_score_completions(inputs)
         self._policy_adapter = adapter_in_use(self.accelerator.unwrap_model(self.model))
         self._asked_for = []

@@ -63,7 +63,7 @@ class MicroBatchMixin(DeferredPassMixin):
             return super()._prepare_inputs(generation_batch)
         before, start = self._buffered_inputs, time.perf_counter()
         self._preparing_seconds.clear()  # of evaluations in between
-        with self.deferring_passes(not self._leaves_batch_alone() and passes_can_wait(self)):
+        with self.deferring_passes(lambda: not self._leaves_batch_alone() and passes_can_wait(self)):
             inputs = super()._prepare_inputs(generation_batch)
             is_new = self._buffered_inputs is not before  # one that a checkpoint held is as it was made up then
             if is_new:
