@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from engine import BAND
+from equality import LORA
 from peft import LoraConfig
 from transformers import AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
@@ -16,8 +18,6 @@ from entrocraft_trl import EntrocraftGRPOConfig, EntrocraftGRPOTrainer, Entrocra
 
 
 ENGINE = {"use_vllm": True, "vllm_mode": "colocate"}
-BAND = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # multiples of the first entropy; soon left
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
 
 
 def build(

@@ -8,6 +8,7 @@ import engine
 import pytest
 import tiny
 import torch
+from equality import LORA
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -15,7 +16,7 @@ from entrocraft_trl.cli import main
 from entrocraft_trl.evaluation.vllm_sampling import LORA_RANKS, vllm_sampler
 
 
-LORA = {"r": 4, "lora_alpha": 64, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+STRONG_LORA = LORA | {"lora_alpha": 64}  # samples of the two policies have to differ
 # The largest that chi-square with 23 degrees of freedom, one fewer than tokens, is in 999 of 1,000 samples.
 CHI_SQUARE = 49.7
 
@@ -24,7 +25,7 @@ CHI_SQUARE = 49.7
 def adapter_folder(model_folder, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("adapter")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(**LORA))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LoraConfig(**STRONG_LORA))
     model.save_pretrained(folder)
     return str(folder)
 

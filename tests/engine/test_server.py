@@ -14,6 +14,8 @@ import engine
 import pytest
 import requests
 import tiny
+from engine import BAND
+from equality import LORA
 from peft import LoraConfig
 from safetensors.torch import save_file
 from trl.generation.vllm_client import VLLMClient
@@ -23,9 +25,6 @@ from entrocraft_trl import EntrocraftGRPOTrainer
 
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.timeout(1800)]  # vLLM is imported by three processes
-
-BAND = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # multiples of the first entropy; soon left
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from trl.generation import vllm_generation
 
 
+BAND = {"entropy_low": [0.9, 0.5], "entropy_high": [0.95, 0.6]}  # multiples of the first entropy; soon left
 KV_CACHE_BYTES = 64 * 2**20  # far more than the tests need; by itself vLLM takes a share of the machine's memory
 
 
