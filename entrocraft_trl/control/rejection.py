@@ -158,10 +158,9 @@ def accept_by_entropy_change(scores: torch.Tensor, least: float, most: float) ->
 
     A bound `d` stands for the change `d u + d |d| (r - u)`: `r` is the largest rise of the batch if `d > 0`, else its
     largest fall, and `u` the smaller of both. If all rollouts together already meet both bounds, all are accepted.
-    Otherwise the most wrong-way ones go first, since fewest
-    have to be rejected that way, until the rest meets the bound to within half a rollout. Among equal scores the
-    earlier rollout goes first. At the extremes, `least=1` keeps `c_i <= 0` and `most=-1` keeps `c_i >= 0`: Algorithm 1
-    with `c_i` in place of the advantage.
+    Otherwise the most wrong-way ones go first, since fewest have to be rejected that way, until the rest meets the
+    bound to within half a rollout. Among equal scores the earlier rollout goes first. At the extremes, `least=1` keeps
+    `c_i <= 0` and `most=-1` keeps `c_i >= 0`: Algorithm 1 with `c_i` in place of the advantage.
 
     Args:
         scores (`torch.Tensor` of shape `(N,)`): `c_i` of all ranks' rollouts; accepting one changes entropy by `-c_i`.
