@@ -24,7 +24,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="RUN_DIR",
         help="run of `entrocraft train`; folder or record of `entrocraft compare`",
     )
-    parser.add_argument("--metric", help="accuracy in the log (default: eval_mean@n)")
+    parser.add_argument(
+        "--metric",
+        help="accuracy in the log (default: eval_mean@n); `reward`, if that is 0 or 1 and each prompt is seen once",
+    )
     parser.add_argument("--share", type=float, default=0.15, help="share of the points that predicts the rest")
     parser.add_argument("--output", default="law.png", help="figure to write; the numbers go beside it, as .json")
     return parser

@@ -75,11 +75,13 @@ def law_points(log: Sequence[Record], metric: str | None = None) -> list[Point]:
     Points of a run that evaluated during training.
 
     The entropy at an evaluation is the mean of the readings next to it, before and after: a reading is taken before
-    the step whose number it is logged under.
+    the step whose number it is logged under. What is measured on the training batch itself, such as `reward`, has the
+    entropy of that batch.
 
     Args:
         log (`Sequence[Mapping]`): Records as [`~log.read_log`] returns them.
-        metric (`str`, *optional*): Name of the accuracy in the log. Defaults to `eval_mean@n`.
+        metric (`str`, *optional*): Name of the accuracy in the log. Defaults to `eval_mean@n`. The `reward` of a
+            training that sees each prompt once is a held-out accuracy too, if rewards are 0 or 1.
 
     Raises:
         ValueError: If the log has no such metric or no entropy; the message names the evaluation metrics there are.
@@ -100,6 +102,8 @@ def law_points(log: Sequence[Record], metric: str | None = None) -> list[Point]:
     for step, accuracy in zip(steps, accuracies, strict=True):
         before = [entropy for at, entropy in zip(read_at, readings, strict=True) if at <= step][-1:]
         after = [entropy for at, entropy in zip(read_at, readings, strict=True) if at > step][:1]
+        if before and not metric.startswith("eval_"):
+            after = []
         points.setdefault(step, Point(step, mean(before + after), accuracy))  # a resumed run evaluates once more
     return list(points.values())
 

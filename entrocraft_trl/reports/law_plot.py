@@ -34,7 +34,7 @@ def plot_law(runs: Mapping[str, Run]) -> Figure:
         _over_entropy(left, points, law, prediction)
         _over_steps(right, points, prediction)
         left.set_title(printable(name), fontsize=9, loc="left").set_parse_math(False)
-        left.set_ylabel("held-out accuracy")
+        left.set_ylabel("accuracy")
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(color="#DDDDDD", linewidth=0.6)

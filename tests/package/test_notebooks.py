@@ -215,6 +215,18 @@ def test_prompts_and_rewards_of_a_real_model(name, values, chat_model, monkeypat
         assert made["reward_func"](completions=["\\boxed{3}", "\\boxed{2}"], **rows[:2]) == [0.0, 0.0]
 
 
+def test_sentences_need_no_hub(chat_model):
+    cell = settings_cell(load("lora_single_gpu"))
+    set_values(cell, {"MODEL": str(chat_model), "DATASET": "sentences"})
+    made = {}
+    exec(f"{IMPORTS}\n{cell.source}", made)
+    row, ids = made["test_dataset"][0], {"completion_ids": [[1], [1]]}
+    assert row["prompt"].endswith(f"Words: {', '.join(row['words'])}=")  # the end of this model's chat template
+    right = f"My {row['words'][0]} stood beside the old {row['words'][1]}."
+    assert made["reward_func"](completions=[right, "No."], words=[row["words"]] * 2, **ids) == [1.0, 0.0]
+    assert not set(row["words"]) & {word for words in made["train_dataset"]["words"] for word in words}
+
+
 def test_the_table_of_memory_is_that_of_the_estimate(tmp_path):
     rows = re.findall(r"^\| `Qwen/Qwen3-([\d.]+B)` \| ([\d.]+) \| ([\d.]+) \|$", str_of("lora_single_gpu"), flags=re.M)
     assert len(rows) == 3

@@ -101,6 +101,10 @@ def test_our_reading_comes_before_trls_and_the_metric_may_be_named():
         law_points(log, "eval_rewards")
 
 
+def test_the_reward_of_a_batch_has_the_entropy_of_that_batch():
+    assert law_points(make_log(), "reward") == [Point(1, 0.9, 0.1), Point(2, 0.7, 0.1), Point(3, 0.5, 0.1)]
+
+
 def test_a_run_without_evaluation_or_entropy():
     with pytest.raises(ValueError, match="holds no eval_mean@n; evaluate during training .* It has: no evaluation"):
         law_points([{"step": 1, "reward": 0.1, "entropy": 0.9}])
