@@ -1,7 +1,6 @@
 """Entropy control in a trainer. Wiring only: TRL prepares loss inputs, pure functions decide, TRL trains on."""
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,32 +9,23 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from .. import metric_names
 from ..constructor import call_of_trls_constructor
-from ..normalisation import KEPT, loss_normaliser, micro_batch_weight
-from ..policy.batch_entropy import (
-    BatchTotals,
-    check_readable,
-    cluster_sums,
-    policy_totals,
-    reading_scatter,
-    rollout_sums,
-    sampling_totals,
-    scored_tokens,
-)
-from ..policy.mixin import Heard, PolicyReadingMixin
+from ..normalisation import loss_normaliser
+from ..policy.batch_entropy import BatchTotals
 from ..policy.tokens import TokenReading, loss_mask, sampled_entropy_term
 from . import diagnosis, loss_inputs, rejection, schedule
 from .advantages import unit_rewards, without_rounding
 from .card import PAPER, card_section
 from .config import EntropyControlConfig
-from .state import ControlMemory, EntropyControlState
+from .loss import KeptRolloutsLossMixin
+from .reading import EntropyInBandMixin
+from .state import EntropyControlState
 
 
 logger = get_logger(__name__)
 
 
-class EntropyControlMixin(PolicyReadingMixin):
+class EntropyControlMixin(EntropyInBandMixin, KeptRolloutsLossMixin):
     """
     Entropy control for trainers that prepare loss inputs in `_generate_and_score_completions`, as TRL's GRPO and RLOO
     trainers do: put it before the trainer among the bases, and pass a config that mixes in [`EntropyControlConfig`].
@@ -99,46 +89,9 @@ class EntropyControlMixin(PolicyReadingMixin):
         if config.rejected_rollouts == "drop" or config.rejection_rule != "advantage_sign":
             loss_normaliser(type(self), config)
 
-    @staticmethod
-    def _check_engine(config: Any, rollout_func: Any) -> None:
-        if config.entropy_source == "sampling" and not config.use_vllm and rollout_func is None:
-            raise ValueError(
-                "entropy_source='sampling' needs a rollout engine that returns log-probs, got use_vllm=False and no "
-                "rollout_func; use entropy_source='policy'."
-            )
-
-    @property
-    def control_memory(self) -> ControlMemory:
-        """What entropy control carries from step to step and through checkpoints."""
-        # Looked up, because transformers may replace callbacks when it restores them from a checkpoint.
-        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, EntropyControlState)).memory
-
     @property
     def reads_expected_term(self) -> bool:
         return self.args.rejection_rule != "advantage_sign"
-
-    def band_at(self, progress: float) -> schedule.Band:
-        """
-        The band in nats at `progress` in 0..1. With `entropy_width="auto"` it is as wide as readings scatter now.
-
-        Raises:
-            RuntimeError: If the band is relative to the initial entropy, or as wide as readings scatter, and no batch
-                was measured yet.
-        """
-        band, memory = schedule.Band(*self._band_in_unit(progress)), self.control_memory
-        if not self._band_is_known:
-            raise RuntimeError("the band follows from the first batch, which this run has not measured yet.")
-        if self.args.entropy_unit == "initial":
-            band = band.scaled(memory.initial_entropy)
-        if self.args.entropy_width == "auto":
-            band = band.of_width(schedule.AUTO_WIDTH_SCATTERS * memory.reading_scatter)
-        return band
-
-    @property
-    def _band_is_known(self) -> bool:
-        """In nats: no batch has to be measured first, or one was."""
-        from_first_batch = self.args.entropy_unit == "initial" or self.args.entropy_width == "auto"
-        return not from_first_batch or self.control_memory.initial_entropy is not None
 
     # ------------------------------------------------------------------------------------------------------ the step
 
@@ -159,52 +112,6 @@ class EntropyControlMixin(PolicyReadingMixin):
         self._log_kept_column(keep, batch["advantages"])
         self._report(totals, band, counts, allowed)
         return batch
-
-    def _measure(
-        self, batch: dict[str, Any], mask: torch.Tensor, heard: Heard
-    ) -> tuple[TokenReading | None, BatchTotals]:
-        """This rank's numbers of each token, where they are the policy's own, and the sums over all ranks."""
-        source, aggregation = self.args.entropy_source, self.args.entropy_aggregation
-        if source == "policy":
-            tokens, read_from = self.read_policy(batch, mask, heard)
-            sums = policy_totals(tokens, mask, aggregation)
-            of_rollouts = rollout_sums(tokens.entropies, mask, aggregation)
-        else:
-            if "sampling_per_token_logps" not in batch:
-                raise ValueError("entropy_source='sampling', but the rollout engine returned no 'logprobs'.")
-            tokens, read_from, logps = None, "engine", batch["sampling_per_token_logps"]
-            sums = sampling_totals(logps, mask, aggregation)
-            of_rollouts = rollout_sums(-logps, scored_tokens(logps, mask), aggregation)
-        rank, ranks, rows = self.accelerator.process_index, self.accelerator.num_processes, len(mask)
-        clusters = cluster_sums(of_rollouts, rank * rows, ranks * rows, self.num_generations)
-        # One reduction for both: on many ranks each costs as much as all that control computes.
-        both = self.accelerator.reduce(torch.cat([sums, clusters.flatten()]), reduction="sum")
-        totals = BatchTotals(*both[: len(sums)].tolist())
-        check_readable(totals, source, self.state.global_step)
-        if totals.tokens:
-            memory, scatter = self.control_memory, reading_scatter(both[len(sums) :].view(-1, 2))
-            memory.reading_scatter = schedule.running_scatter(memory.reading_scatter, scatter)
-            self._log_metrics({"recorded": read_from == "record", "own_pass": read_from == "own_pass"})
-        return tokens, totals
-
-    def _band_now(self, entropy: float) -> schedule.Band:
-        if math.isnan(entropy):
-            # No rollout has a loss token (all truncated, say): nothing to measure, nothing to learn from.
-            return schedule.Band(0.0, math.inf)
-        memory = self.control_memory
-        first = memory.initial_entropy is None
-        if first:
-            memory.initial_entropy = entropy
-        memory.horizon = self.args.entropy_schedule_steps or memory.horizon or self.state.max_steps
-        band = self.band_at(schedule.progress_at(self.state.global_step, memory.horizon))
-        if first and (entropy < band.low / 2 or entropy > band.high * 2):
-            warnings.warn(
-                f"The first measured entropy is {entropy:.3f} nats, far outside the band {band.low:.3f} to "
-                f"{band.high:.3f} nats: one sign of advantage will be rejected for a long time. Start the band near "
-                f"{entropy:.3f}, or give it in multiples of the initial entropy (entropy_unit='initial').",
-                stacklevel=2,
-            )
-        return band
 
     def _advantages(self, batch: dict[str, Any], direction: int) -> tuple[dict[str, Any], torch.Tensor]:
         """
@@ -364,17 +271,7 @@ class EntropyControlMixin(PolicyReadingMixin):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.model.training:
             self._count_empty_step(inputs)
-        # Not in `_compute_loss`: a subclass that computes a loss of its own there would leave the weight out.
-        if KEPT not in inputs:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        weight = micro_batch_weight(inputs, loss_normaliser(type(self), self.args))
-        # TRL adds the router loss of a mixture of experts inside; it is no mean over the rollouts that are left.
-        coefficient = self.router_aux_loss_coef
-        self.router_aux_loss_coef = coefficient / weight
-        try:
-            return weight * super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            self.router_aux_loss_coef = coefficient
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _count_empty_step(self, inputs: dict[str, Any]) -> None:
         """Count, and log, the optimizer steps in which no rollout of any rank has an advantage and a loss token."""
@@ -400,10 +297,6 @@ class EntropyControlMixin(PolicyReadingMixin):
             initial_entropy=initial,
             own_band=self._band_in_unit != self.args.band_at,
         )
-
-    def _log_metrics(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics["train"][metric_names.key(name)].append(float(value))
 
     def _log_kept_column(self, keep: torch.Tensor, advantages: torch.Tensor | None = None) -> None:
         """Completions table: a `kept` column, and the advantages that the loss reads (all ranks' rows)."""
