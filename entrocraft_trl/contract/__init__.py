@@ -23,7 +23,7 @@ def checks() -> dict[str, Callable[[], None]]:
     All checks by the name of their hook. A check returns nothing, or raises: [`names.HookMoved`], or whatever comes of
     using a hook that is gone.
     """
-    from . import behaviour, micro_batches, names, rivals
+    from . import behaviour, micro_batches, names, rivals, saving
 
     found: dict[str, Callable[[], None]] = {}
     for (module, name), users in sorted(names.imports().items()):
@@ -35,7 +35,7 @@ def checks() -> dict[str, Callable[[], None]]:
             found[f"{config}.{setting}"] = partial(names.check_setting, config, setting)
         for check in (*behaviour.OF_BOTH, *micro_batches.OF_BOTH):
             found[f"{trainer}: {check.__doc__}"] = partial(check, trainer, config)
-    others = (*behaviour.OTHERS, *micro_batches.OTHERS, *rivals.OTHERS)
+    others = (*behaviour.OTHERS, *micro_batches.OTHERS, *rivals.OTHERS, *saving.OTHERS)
     return found | {check.__doc__: check for check in others}
 
 
