@@ -13,14 +13,15 @@ from .start import StartingPoint
 
 class Arm(NamedTuple):
     """
-    A method of the experiment: its name in tables, that in [`TRAINERS`], its settings, and which of its settings in
-    nats follow the band, and which edge of it.
+    A method of the experiment: its name in tables, that in [`TRAINERS`], its settings, which of its settings in nats
+    follow the band, and which edge of it, and where it is from, as an arXiv number ("": nowhere).
     """
 
     name: str
     method: str
     settings: dict[str, Any]
     follow: dict[str, str]
+    paper: str = ""
 
     @property
     def takes_bands(self) -> bool:

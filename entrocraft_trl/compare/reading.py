@@ -140,6 +140,7 @@ def _arm(top: Section, name: str, value: Any, has_bands: bool) -> Arm:
     if method not in TRAINERS:
         top.refuse(where, f"there is no method {method!r}; the names are: {', '.join(TRAINERS)}")
     follow = section.mapping("follow", {})
+    paper = section.value("paper", str, TRAINERS[method][0]._paper.get("id", "") if name == method else "")
     settings = section.rest
     known = TRAINERS[method][1].__dataclass_fields__
     for key in (*settings, *follow):
@@ -152,7 +153,7 @@ def _arm(top: Section, name: str, value: Any, has_bands: bool) -> Arm:
             top.refuse(f"{where}.follow.{key}", f"is one of {', '.join(EDGES)}, got {edge!r}")
     if follow and not has_bands:
         top.refuse(f"{where}.follow", "needs bands to follow, and the file has none")
-    arm = Arm(name, method, settings, dict(follow))
+    arm = Arm(name, method, settings, dict(follow), paper)
     if has_bands and arm.takes_bands and (own := BAND_FIELDS & settings.keys()):
         top.refuse(where, f"{', '.join(sorted(own))} would be a second band beside those of the file")
     return arm

@@ -11,8 +11,9 @@ from .records import spread
 
 def rows_of(experiment: Experiment, start: Start, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    Rows as JSON values: `method`, `regime` (the experiment's name), `schedule` (the band's), `seeds`, and each
-    figure's mean, with the standard deviations in `std`. A method that no band steers is measured beside every band.
+    Rows as JSON values: `method`, `paper` (arXiv number), `regime` (the experiment's name), `schedule` (the band's),
+    `seeds`, and each figure's mean, with the standard deviations in `std`. A method that no band steers is measured
+    beside every band.
     """
     rows = []
     for band, plan in list(experiment.bands.items()) or [(None, None)]:
@@ -26,6 +27,7 @@ def rows_of(experiment: Experiment, start: Start, records: Sequence[dict[str, An
             rows.append(
                 {
                     "method": name,
+                    "paper": experiment.arms[name].paper,
                     "regime": experiment.name,
                     "schedule": band,
                     "seeds": sorted(record["seed"] for record in chosen),
@@ -49,7 +51,8 @@ def markdown(experiment: Experiment, rows: Sequence[Mapping[str, Any]]) -> str:
     heading = [*(["band"] if with_band else []), "method", *titles]
     lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
     for row in rows:
-        cells = [row["schedule"], row["method"]] if with_band else [row["method"]]
+        method = f"[{row['method']}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else row["method"]
+        cells = [row["schedule"], method] if with_band else [method]
         lines.append("| " + " | ".join([*cells, *(cell(experiment, row, column) for column in columns)]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -37,6 +37,7 @@ def test_every_method_of_the_package_is_compared_and_tuned_as_often(experiments)
         assert whole.seeds == (0, 1, 2) and whole.evaluation.temperature == 0.6
     on, off = (read_experiment(comparisons()[f"compare/{name}"]) for name in ("on_policy", "off_policy"))
     assert on.arms == off.arms and on.bands == off.bands
+    assert [arm.name for arm in on.arms.values() if not arm.paper] == ["entropy_change", "influence"]  # ours
     # As many rollouts in both: steps times rollouts of a step.
     assert on.max_steps * 128 == off.max_steps * off.training["per_device_train_batch_size"]
 
@@ -55,7 +56,8 @@ def test_all_methods_get_a_row_in_both_regimes(experiments, tmp_path, monkeypatc
     for row in content["rows"]:
         assert (row["schedule"], row["seeds"]) == ("linear", [0])
         assert row["final_entropy"] > 0 and row["seconds"] > 0 and 0 <= row["mean_at_4"] <= 1
-        assert f"| linear | {row['method']} | " in text
+        shown = f"[{row['method']}](https://arxiv.org/abs/{row['paper']})" if row["paper"] else row["method"]
+        assert f"| linear | {shown} | " in text
     assert set(content["starts"]) == {"on_policy", "off_policy"} and text == report.with_suffix(".md").read_text()
     names = [f"compare_{e.name}{figure}.png" for e in experiments for figure in ("", "_reward", "_pass_at_k")]
     assert list(saved) == [*names, "compare_summary.png"]
@@ -76,8 +78,8 @@ def test_a_report_of_what_is_done_so_far(tmp_path, monkeypatch):
     (run,) = (folder / "on_policy").glob("clip_higher-0-*.json")
     run.unlink()
     text = compare([experiment], folder, report, only_read=True)
-    assert "| linear | grpo | " in text and "clip_higher |" not in text
+    assert "| linear | [grpo](" in text and "clip_higher |" not in text
     for file in (folder / "on_policy").glob("grpo-9-*.json"):
         file.unlink()
     text = compare([experiment], folder, report, only_read=True)
-    assert "| grpo |" not in text  # its settings are not chosen yet
+    assert "[grpo]" not in text  # its settings are not chosen yet

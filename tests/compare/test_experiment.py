@@ -31,6 +31,7 @@ def write(folder: Path, changes: dict | None = None) -> Path:
             "methods.grop: there is no method 'grop'; the names are: entrocraft, grpo, clip_cov",
         ),
         ({"methods": {"a": {"method": 3}}}, "methods.a: method: must be str, got 3"),
+        ({"methods": {"grpo": {"paper": 2503.14476}}}, "methods.grpo: paper: must be str, got 2503.14476"),
         ({"methods": {"aent": {"aent_clmap": 0.1}}}, "'aent_clmap' is no setting of aent; did you mean 'aent_clamp'?"),
         (
             {"methods": {"grpo": {"rejection_rule": "influence"}}},

@@ -193,9 +193,13 @@ def test_rows_are_means_over_seeds_and_an_unsteered_method_stands_beside_every_b
 
 def test_the_rows_have_what_results_are_read_by(experiment, records):
     asked = (
-        "method regime schedule seeds mean_at_32 pass_at_32 distinct_correct final_entropy rms_outside plateau_step"
+        "method paper regime schedule seeds mean_at_32 pass_at_32 distinct_correct final_entropy rms_outside "
+        "plateau_step"
     )
     assert {*asked.split(), "seconds"} <= set(rows_of(experiment, START, records)[0])
+
+
+GRPO = "[grpo](https://arxiv.org/abs/2402.03300)"
 
 
 def test_the_table_has_the_columns_of_the_file_and_spreads(experiment, records):
@@ -204,11 +208,13 @@ def test_the_table_has_the_columns_of_the_file_and_spreads(experiment, records):
     assert lines[0].startswith(
         "| band | method | RMS outside (nats) | steps inside | re-entry (steps) | accepted | mean@32"
     )
-    assert len(lines) == 2 + len(rows) and lines[2].startswith("| constant | grpo | 0.0050 ± 0.0071 | ")
+    assert len(lines) == 2 + len(rows) and lines[2].startswith(f"| constant | {GRPO} | 0.0050 ± 0.0071 | ")
     assert " | – | 100% ± 0% | 0.500 ± 0.141 | " in lines[2]
     said = caption(experiment, START)
     assert "mean ± standard deviation over seeds 0, 1" in said and "prompt, 4 times over, at temperature 1;" in said
     assert "the starting policy has mean@32 0.100, pass@32 0.750 and 1.5 distinct right answers" in said
+    ours = lines[2 + [row["method"] for row in rows].index("entropy_change")]
+    assert ours.startswith("| constant | entropy_change | "), "a method of no paper has no link"
     one = [{**row, "seeds": [0]} for row in rows]
     assert "±" not in markdown(experiment, one)
 
