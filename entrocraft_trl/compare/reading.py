@@ -51,8 +51,6 @@ def read_experiment(file: str | os.PathLike, *, quick: bool = False, **changes: 
     """
     file = Path(file)
     content = _content(file)
-    if (base := content.pop("base", None)) is not None:
-        content = laid_over(_content(file.parent / str(base)), content)
     short = Section(content, str(file)).mapping("quick", {})
     content.pop("quick", None)
     for layer in (short if quick else {}, changes):
@@ -62,11 +60,16 @@ def read_experiment(file: str | os.PathLike, *, quick: bool = False, **changes: 
     return experiment
 
 
-def _content(file: Path) -> dict[str, Any]:
+def _content(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file holds, laid over its base, which may have one too."""
+    if file in above:
+        raise ValueError(f"{above[-1]}: base: {file.name} is laid over this file already")
     try:
-        return Section(_with_numbers(yaml.safe_load(file.read_text(encoding="utf-8"))), str(file)).rest
+        content = Section(_with_numbers(yaml.safe_load(file.read_text(encoding="utf-8"))), str(file)).rest
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
+    base = content.pop("base", None)
+    return content if base is None else laid_over(_content(file.parent / str(base), (*above, file)), content)
 
 
 def _with_numbers(content: Any) -> Any:

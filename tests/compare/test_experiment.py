@@ -1,5 +1,6 @@
 """Experiments from YAML: what is refused, with file and key, before anything loads; and the configs that come out."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,12 @@ def test_a_file_may_stand_on_another_one(tmp_path):
     assert (other.name, other.max_steps, list(other.arms)) == ("other", 9, ["grpo", "bonus"])
     assert other.bands == read_experiment(base).bands and other.tuning is None
     assert read_experiment(file, quick=True).seeds == (0,)  # the base's short form too
+    third = tmp_path / "third.yaml"
+    third.write_text(f"base: {file.name}\nseeds: [7]\n")
+    assert dataclasses.replace(read_experiment(third), file=file) == dataclasses.replace(other, seeds=(7,))
+    file.write_text("base: third.yaml")
+    with pytest.raises(ValueError, match=f"third.yaml: base: {file.name} is laid over this file already"):
+        read_experiment(file)
     file.write_text("base: nowhere.yaml")
     with pytest.raises(FileNotFoundError):
         read_experiment(file)
