@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
         if not 0 < options.share < 1:
             raise CommandError(f"--share must lie between 0 and 1, got {options.share}")
         found = [run for path in options.runs for run in runs_at(Path(path))]
+        if not found:
+            raise CommandError(f"no run in {printable(', '.join(options.runs))}")
         results, drawn = {}, {}
         for name, log, controlled in found:
             if name in results:  # of another folder
@@ -74,16 +76,18 @@ def runs_at(path: Path) -> Iterator[tuple[str, list[dict[str, Any]], bool]]:
     if not found:
         yield path.resolve().name, read_log(path), False
     for file, content in found:
-        yield file.stem.rpartition("-")[0] or file.stem, content["log"], bool(content["controlled"])
+        if "log" in content:
+            yield file.stem.rpartition("-")[0] or file.stem, content["log"], bool(content["controlled"])
 
 
 def _record(file: Path) -> dict[str, Any] | None:
-    """A record of `entrocraft compare`; `None` of another file."""
+    """A record of `entrocraft compare`, of a run or of the start, which `*.json` names too; `None` of another file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return content if isinstance(content, dict) and {"log", "controlled"} <= content.keys() else None
+    kinds = ({"log", "controlled"}, {"settings", "entropy", "evaluation"})
+    return content if isinstance(content, dict) and any(kind <= content.keys() for kind in kinds) else None
 
 
 def judge(

@@ -69,7 +69,8 @@ def test_records_of_a_comparison_by_file_and_by_folder(tmp_path, capsys):
     folder.mkdir()
     for name, controlled in (("grpo-0-0123456789ab", False), ("bonus-linear-0-0123456789ab", True)):
         (folder / f"{name}.json").write_text(json.dumps({"log": make_log(), "controlled": controlled}))
-    (folder / "start-0123456789ab.json").write_text(json.dumps({"entropy": 0.8}))
+    start = folder / "start-0123456789ab.json"
+    start.write_text(json.dumps({"settings": {}, "entropy": 0.8, "evaluation": {}}))
     write_run(folder / "grpo-0-0123456789ab", make_log(10))  # what a run leaves beside its record
     assert main(["law", str(folder)]) == 0
     printed = capsys.readouterr().out
@@ -77,6 +78,10 @@ def test_records_of_a_comparison_by_file_and_by_folder(tmp_path, capsys):
     assert set(json.loads((tmp_path / "law.json").read_text())) == {"grpo-0", "bonus-linear-0"}
     assert main(["law", str(folder / "grpo-0-0123456789ab.json")]) == 0
     assert set(json.loads((tmp_path / "law.json").read_text())) == {"grpo-0"}
+    assert main(["law", *map(str, sorted(folder.glob("*.json")))]) == 0  # the start is among them
+    assert set(json.loads((tmp_path / "law.json").read_text())) == {"grpo-0", "bonus-linear-0"}
+    assert main(["law", str(start)]) == 2
+    assert f"no run in {start}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -41,32 +41,36 @@ def test_links_lead_somewhere(document):
         assert not anchor or anchor in anchors(target), link
 
 
-def committed_tables() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """What the README quotes of each policy: of the quickstart, and of the comparison on the real model."""
-    results = ROOT / "benchmarks" / "results"
-    lines = [cells(line) for line in (results / "quickstart.md").read_text().splitlines() if line.startswith("|")]
-    columns = [lines[0].index(name) for name in ("mean@32", "distinct right", "steps in band")]
-    names = [line[0].removeprefix("Entrocraft, ") for line in lines]
-    small = {
-        name: [line[c].replace(" ± ", "±") for c in columns] for name, line in zip(names[2:], lines[2:], strict=True)
-    }
-    content = json.loads((results / "real_model.json").read_text())
-    start = content["starts"]["real_model"]
-    real = {"starting policy": [f"{start['mean@32']:.3f}", f"{start['distinct_correct']:.1f}", "–", "–"]}
-    for row in content["rows"]:
-        name = {"grpo": "GRPO"}.get(row["method"], row["method"])
-        figures = f"{row['mean_at_32']:.3f} {row['distinct_correct']:.1f} {row['in_band_share']:.0%}"
-        real[name.replace("_", " ")] = [*figures.split(), f"{row['rms_outside']:.3f}"]
-    return small, real
+def table_after(heading: str) -> dict[str, list[str]]:
+    """Rows of the README's table whose first column is `heading`, by their name without what is in brackets."""
+    table = README.read_text(encoding="utf-8").partition(f"| {heading} |")[2].partition("\n\n")[0].splitlines()
+    return {cells(line)[0].partition(" (")[0]: cells(line)[1:] for line in table[2:]}
 
 
 def test_its_table_is_that_of_the_committed_runs():
-    small, real = committed_tables()
-    table = README.read_text(encoding="utf-8").partition("| policy |")[2].partition("\n\n")[0].splitlines()
-    rows = {cells(line)[0].partition(" (")[0]: cells(line)[1:] for line in table[2:]}
-    assert rows.keys() == small.keys() | real.keys()
-    for name, row in rows.items():
-        assert row == real.get(name, ["–"] * 4) + small.get(name, ["–"] * 3), name
+    content = json.loads((ROOT / "benchmarks" / "results" / "real_model.json").read_text())
+    start = content["starts"]["real_model"]
+    expected = {"starting policy": [f"{start['mean@32']:.3f}", f"{start['distinct_correct']:.1f}", "–", "–"]}
+    for row in content["rows"]:
+        name = {"grpo": "GRPO"}.get(row["method"], row["method"])
+        figures = f"{row['mean_at_32']:.3f} {row['distinct_correct']:.1f} {row['in_band_share']:.0%}"
+        expected[name.replace("_", " ")] = [*figures.split(), f"{row['rms_outside']:.3f}"]
+    assert table_after("policy") == expected
+
+
+def test_its_table_of_methods_is_that_of_the_comparison():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "compare.json").read_text())["rows"]
+    found = table_after("method")
+    assert len(found) > 5
+    for name, shown in found.items():
+        method = name.lower().replace("-", "_").replace(" ", "_")
+        expected = []
+        for regime in ("on_policy", "off_policy"):
+            (row,) = [row for row in rows if (row["method"], row["regime"]) == (method, regime)]
+            assert row["seeds"] == [0, 1, 2]
+            for key, form in (("mean_at_32", ".2f"), ("distinct_correct", ".1f"), ("rms_outside", ".3f")):
+                expected.append(f"{row[key]:{form}}±{row['std'][key]:{form}}")
+        assert shown == expected, name
 
 
 def test_its_diff_is_python_with_names_and_fields_that_exist(tmp_path):
