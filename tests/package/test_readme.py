@@ -52,7 +52,7 @@ def test_its_table_is_that_of_the_committed_runs():
     start = content["starts"]["real_model"]
     expected = {"starting policy": [f"{start['mean@32']:.3f}", f"{start['distinct_correct']:.1f}", "–", "–"]}
     for row in content["rows"]:
-        name = {"grpo": "GRPO"}.get(row["method"], row["method"])
+        name = {"grpo": "GRPO", "repo_r": "REPO-R"}.get(row["method"], row["method"])
         figures = f"{row['mean_at_32']:.3f} {row['distinct_correct']:.1f} {row['in_band_share']:.0%}"
         expected[name.replace("_", " ")] = [*figures.split(), f"{row['rms_outside']:.3f}"]
     assert table_after("policy") == expected
