@@ -76,7 +76,7 @@ def runs_at(path: Path) -> Iterator[tuple[str, list[dict[str, Any]], bool]]:
     if not found:
         yield path.resolve().name, read_log(path), False
     for file, content in found:
-        if "log" in content:
+        if "log" in content:  # a start has none
             yield file.stem.rpartition("-")[0] or file.stem, content["log"], bool(content["controlled"])
 
 

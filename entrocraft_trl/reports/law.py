@@ -102,9 +102,8 @@ def law_points(log: Sequence[Record], metric: str | None = None) -> list[Point]:
     for step, accuracy in zip(steps, accuracies, strict=True):
         before = [entropy for at, entropy in zip(read_at, readings, strict=True) if at <= step][-1:]
         after = [entropy for at, entropy in zip(read_at, readings, strict=True) if at > step][:1]
-        if before and not metric.startswith("eval_"):
-            after = []
-        points.setdefault(step, Point(step, mean(before + after), accuracy))  # a resumed run evaluates once more
+        beside = before + after if metric.startswith("eval_") else before or after
+        points.setdefault(step, Point(step, mean(beside), accuracy))  # a resumed run evaluates once more
     return list(points.values())
 
 
